@@ -1,0 +1,49 @@
+"""Every op's schema and the one ``Library`` handle, and the loading of the compiled kernels.
+
+Dropping the handle would remove the ops, so it lives as long as this module. The compiled library
+(``_C.abi3.so``, built from ``csrc/``) only registers implementations of the schemas declared here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+NAMESPACE = "evc_fast"
+
+SCHEMAS = (
+    "entropy_calibration_forward(Tensor triplets, Tensor similarity, Tensor? groups, bool self_refine,"
+    " bool cross_refine) -> (Tensor calibrated, Tensor component_weights, Tensor triplet_weights)",
+    "entropy_calibration_backward(Tensor grad_calibrated, Tensor triplets, Tensor similarity, Tensor? groups,"
+    " bool self_refine, bool cross_refine) -> (Tensor grad_triplets, Tensor grad_similarity)",
+    "emotion_attention_forward(Tensor query, Tensor key, Tensor value, Tensor gate_query, Tensor gate_key,"
+    " int num_heads, bool keep_candidates) -> (Tensor context, Tensor candidates)",
+    "emotion_attention_backward(Tensor grad_context, Tensor query, Tensor key, Tensor value, Tensor gate_query,"
+    " Tensor gate_key, Tensor candidates, int num_heads)"
+    " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_gate_query, Tensor grad_gate_key)",
+    "routing_aggregation_forward(Tensor facts, Tensor emotions, Tensor logits)"
+    " -> (Tensor routed, Tensor pooled, Tensor weights)",
+    "routing_aggregation_backward(Tensor grad_routed, Tensor grad_pooled, Tensor facts, Tensor emotions,"
+    " Tensor weights) -> (Tensor grad_facts, Tensor grad_emotions, Tensor grad_logits)",
+)
+
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+for _schema in SCHEMAS:
+    LIBRARY.define(_schema)
+
+EXTENSION_PATH = Path(__file__).resolve().parent.parent / "_C.abi3.so"
+
+
+def _load_extension() -> str:
+    """Load the compiled kernels; returns why they are not there, or "" when they are."""
+    if not EXTENSION_PATH.exists():
+        return "the compiled library is absent (built with EVC_FAST_NO_EXTENSION=1, or never built): pip install ."
+    try:
+        torch.ops.load_library(str(EXTENSION_PATH))
+    except OSError as error:
+        return f"the compiled library does not load with torch {torch.__version__} ({error}): rebuild with pip install ."
+    return ""
+
+
+EXTENSION_MISSING = _load_extension()

@@ -1,0 +1,7 @@
+"""What each op means, in plain PyTorch: oracle, default kernel, benchmark baseline and export decomposition."""
+
+from evc_fast.reference.emotion_attention import emotion_attention
+from evc_fast.reference.entropy_calibration import entropy_calibration
+from evc_fast.reference.routing_aggregation import routing_aggregation
+
+__all__ = ["emotion_attention", "entropy_calibration", "routing_aggregation"]
