@@ -1,0 +1,213 @@
+"""Builds evc_fast/_C.abi3.so, the CPU kernels, with the C++ compiler alone.
+
+One library for every torch from 2.11 on and every Python from 3.11 on: it uses torch's stable C shim only, and is loaded by
+torch.ops.load_library rather than imported. csrc/*.cpp are compiled once; csrc/cpu/*.cpp once for each instruction set that
+the compiler knows (the library picks one by cpuid when it is loaded). EVC_FAST_NO_EXTENSION=1 leaves the library out, CXX
+names another compiler, MAX_JOBS bounds the number of files compiled at a time.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+COMPILE_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-Wall",
+    "-Wextra",
+]
+# The oldest torch whose C shim the library may use, in the encoding of torch/headeronly/version.h: 2.11.
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+# From the least to the most demanding: the link below relies on this order.
+X86_VARIANTS = {
+    "default": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
+    "avx512_bf16": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma", "-mf16c"],
+}
+WITHOUT = "set EVC_FAST_NO_EXTENSION=1 to install the pure-PyTorch package"
+
+
+def fail(sentence: str) -> None:
+    # SystemExit rather than an exception: pip then shows the sentence and no traceback.
+    raise SystemExit(f"error: {sentence}")
+
+
+def extension_wanted() -> bool:
+    value = os.environ.get("EVC_FAST_NO_EXTENSION", "")
+    if value not in ("", "0", "1"):
+        fail(f"EVC_FAST_NO_EXTENSION is {value!r}, expected 1 (no C++ library), 0 or nothing")
+    return value != "1"
+
+
+def find_compiler() -> list[str]:
+    if sys.platform == "win32":
+        fail(f"evc_fast's C++ library is built with GCC or Clang on Linux and macOS only: {WITHOUT}")
+    named = shlex.split(os.environ.get("CXX", ""))
+    command = named or [name for name in ("c++", "g++", "clang++") if shutil.which(name)][:1]
+    if not command or not shutil.which(command[0]):
+        sought = f"CXX={named[0]}" if named else "c++, g++ or clang++"
+        fail(f"no C++ compiler was found ({sought}): install GCC 10 or Clang 12 or later, or {WITHOUT}")
+    if not compiles(command, "#include <version>\n", ["-std=c++20"]):
+        fail(f"{shlex.join(command)} does not compile C++20: install GCC 10 or Clang 12 or later, or {WITHOUT}")
+    return command
+
+
+def compiles(compiler: list[str], source: str, flags: list[str]) -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        probe = Path(folder, "probe.cpp")
+        probe.write_text(source)
+        # -Werror: clang only warns about an option that it does not use.
+        command = [*compiler, *flags, "-Werror", "-c", str(probe), "-o", str(probe.with_suffix(".o"))]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def find_torch() -> Path:
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        fail(f"building evc_fast without build isolation needs torch 2.11 or later: install it first, or {WITHOUT}")
+    folder = Path(spec.submodule_search_locations[0])
+    if not (folder / "include/torch/csrc/stable/library.h").is_file():
+        fail(f"the torch in {folder} has no stable ABI headers: install torch 2.11 or later, or {WITHOUT}")
+    return folder
+
+
+def is_current(target: Path, command: list[str]) -> bool:
+    """True if `target` was made by this very command and nothing that it was made from is newer."""
+    stamp, depfile = target.with_suffix(".cmd"), target.with_suffix(".d")
+    if not (target.exists() and stamp.exists() and stamp.read_text() == shlex.join(command)):
+        return False
+    # A depfile is a make rule: "target: source header \<newline> header"; a space in a name is written "\ ".
+    rule = depfile.read_text().replace("\\\n", " ").partition(": ")[2].replace("\\ ", "\0")
+    made = target.stat().st_mtime
+    inputs = [Path(name.replace("\0", " ")) for name in rule.split()]
+    return all(path.exists() and path.stat().st_mtime <= made for path in inputs)
+
+
+def compile_object(command: list[str], target: Path) -> str:
+    """Compiles unless `target` is current; returns the compiler's complaint, or nothing."""
+    if is_current(target, command):
+        return ""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    print(shlex.join(command), flush=True)
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    sys.stderr.write(done.stderr)
+    if done.returncode:
+        return command[-3]
+    target.with_suffix(".cmd").write_text(shlex.join(command))
+    return ""
+
+
+class BuildExtension(build_ext):
+    """Compiles csrc/ itself: one source is built several times with flags of its own, which setuptools' own step cannot."""
+
+    def build_extension(self, ext: Extension) -> None:
+        compiler, torch = find_compiler(), find_torch()
+        objects = self.compile_all(compiler, torch)
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # No rpath: torch is in the process before this library is loaded, and its soname finds it there.
+        if sys.platform == "darwin":
+            link = ["-undefined", "dynamic_lookup"]
+        else:
+            link = [f"-L{torch / 'lib'}", "-ltorch_cpu"]
+        # The linker keeps the first copy of an inline function that several objects define: objects stand in ascending order
+        # of instruction set, so that the copy kept runs wherever any of its callers runs.
+        command = [*compiler, "-shared", *map(str, objects), *link, "-o", str(target)]
+        print(shlex.join(command), flush=True)
+        if subprocess.run(command, check=False).returncode:
+            fail("linking evc_fast's C++ library failed, see the linker's message above")
+
+    def compile_all(self, compiler: list[str], torch: Path) -> list[Path]:
+        variants: dict[str, list[str]] = {"default": []}
+        macros: list[str] = []
+        if compiles(compiler, "#ifndef __x86_64__\n#error\n#endif\n", []):
+            variants = {name: flags for name, flags in X86_VARIANTS.items() if compiles(compiler, "", flags)}
+            for name in X86_VARIANTS.keys() - variants.keys():
+                print(
+                    f"evc_fast: {compiler[0]} does not know {' '.join(X86_VARIANTS[name])}: no {name} kernels are built"
+                )
+            macros = ["-DEVC_HAVE_X86_ISA=1"]
+        have = [f"-DEVC_HAVE_{name.upper()}=1" for name in variants if name != "default"]
+
+        csrc, temp = ROOT / "csrc", Path(self.build_temp)
+        flags = [*COMPILE_FLAGS, *macros, f"-I{csrc}"]
+        headers = [f"-isystem{torch / 'include'}", TORCH_TARGET]
+        plan = [
+            (source, temp / f"{source.stem}.o", [*flags, *have, *headers]) for source in sorted(csrc.glob("*.cpp"))
+        ] + [
+            (source, temp / name / f"{source.stem}.o", [*flags, f"-DEVC_ISA={name}", *isa])
+            for name, isa in variants.items()
+            for source in sorted((csrc / "cpu").glob("*.cpp"))
+        ]
+        jobs = [
+            (
+                [
+                    *compiler,
+                    *options,
+                    "-MD",
+                    "-MF",
+                    str(target.with_suffix(".d")),
+                    "-c",
+                    str(source),
+                    "-o",
+                    str(target),
+                ],
+                target,
+            )
+            for source, target, options in plan
+        ]
+        workers = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        with ThreadPoolExecutor(workers) as pool:
+            failed = [name for name in pool.map(lambda job: compile_object(*job), jobs) if name]
+        if failed:
+            fail(f"compiling {failed[0]} failed, see the compiler's message above")
+        return [target for _, target, _ in plan]
+
+
+class BuildPy(build_py):
+    """Starts from an empty folder, so that a file deleted from the tree does not reach the wheel from an older build."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib, "evc_fast"), ignore_errors=True)
+        super().run()
+
+
+# kernels/ and export/ stand at the top of the tree and are installed below evc_fast: the name `kernels` belongs to another
+# package.
+BELOW = {f"evc_fast.{name}": name for name in ("kernels", "export")}
+packages = find_packages(include=["evc_fast", "evc_fast.*"])
+packages += [f"evc_fast.{name}" for top in BELOW.values() for name in find_packages(include=[top, f"{top}.*"])]
+
+options = {}
+extensions = []
+if extension_wanted():
+    extensions = [Extension("evc_fast._C", sources=[], py_limited_api=True)]
+    options = {"bdist_wheel": {"py_limited_api": "cp311"}}
+
+setup(
+    packages=packages,
+    package_dir={"evc_fast": "evc_fast", **BELOW},
+    ext_modules=extensions,
+    options=options,
+    cmdclass={"build_ext": BuildExtension, "build_py": BuildPy},
+)
