@@ -1,9 +1,12 @@
 """Builds evc_fast/_C.abi3.so, the CPU kernels, with the C++ compiler alone.
 
-One library for every torch from 2.11 on and every Python from 3.11 on: it uses torch's stable C shim only, and is loaded by
-torch.ops.load_library rather than imported. csrc/*.cpp are compiled once; csrc/cpu/*.cpp once for each instruction set that
-the compiler knows (the library picks one by cpuid when it is loaded). EVC_FAST_NO_EXTENSION=1 leaves the library out, CXX
-names another compiler, MAX_JOBS bounds the number of files compiled at a time.
+One library for every torch from 2.11 on and every Python from 3.11 on: it uses torch's stable C shim only, and is
+loaded by torch.ops.load_library rather than imported. csrc/*.cpp are compiled once; csrc/cpu/*.cpp once for each
+instruction set that the compiler knows (the library picks one by cpuid when it is loaded). `python setup.py build_ext
+--inplace` recompiles what changed.
+
+Environment: EVC_FAST_NO_EXTENSION=1 leaves the library out, CXX names another compiler, MAX_JOBS bounds the number of
+files compiled at a time.
 """
 
 from __future__ import annotations
@@ -22,7 +25,6 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
-ROOT = Path(__file__).resolve().parent
 COMPILE_FLAGS = [
     "-std=c++20",
     "-O3",
@@ -102,22 +104,23 @@ def is_current(target: Path, command: list[str]) -> bool:
     return all(path.exists() and path.stat().st_mtime <= made for path in inputs)
 
 
-def compile_object(command: list[str], target: Path) -> str:
-    """Compiles unless `target` is current; returns the compiler's complaint, or nothing."""
+def compile_object(compiler: list[str], source: Path, target: Path, flags: list[str]) -> bool:
+    """Compiles unless `target` is current; false if the compiler, whose messages are passed on, failed."""
+    files = ["-MD", "-MF", str(target.with_suffix(".d")), "-c", str(source), "-o", str(target)]
+    command = [*compiler, *flags, *files]
     if is_current(target, command):
-        return ""
+        return True
     target.parent.mkdir(parents=True, exist_ok=True)
     print(shlex.join(command), flush=True)
+    # Through a pipe, so that the messages of files compiled side by side do not mix.
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     sys.stderr.write(done.stderr)
-    if done.returncode:
-        return command[-3]
-    target.with_suffix(".cmd").write_text(shlex.join(command))
-    return ""
+    target.with_suffix(".cmd").write_text(shlex.join(command) if done.returncode == 0 else "")
+    return done.returncode == 0
 
 
 class BuildExtension(build_ext):
-    """Compiles csrc/ itself: one source is built several times with flags of its own, which setuptools' own step cannot."""
+    """Compiles csrc/ itself: setuptools' own step cannot build one source several times with different flags."""
 
     def build_extension(self, ext: Extension) -> None:
         compiler, torch = find_compiler(), find_torch()
@@ -129,8 +132,8 @@ class BuildExtension(build_ext):
             link = ["-undefined", "dynamic_lookup"]
         else:
             link = [f"-L{torch / 'lib'}", "-ltorch_cpu"]
-        # The linker keeps the first copy of an inline function that several objects define: objects stand in ascending order
-        # of instruction set, so that the copy kept runs wherever any of its callers runs.
+        # The linker keeps the first copy of an inline function that several objects define: objects stand in ascending
+        # order of instruction set, so that the copy kept runs wherever any of its callers runs.
         command = [*compiler, "-shared", *map(str, objects), *link, "-o", str(target)]
         print(shlex.join(command), flush=True)
         if subprocess.run(command, check=False).returncode:
@@ -138,53 +141,31 @@ class BuildExtension(build_ext):
 
     def compile_all(self, compiler: list[str], torch: Path) -> list[Path]:
         variants: dict[str, list[str]] = {"default": []}
-        macros: list[str] = []
+        flags = [*COMPILE_FLAGS, "-Icsrc"]
         if compiles(compiler, "#ifndef __x86_64__\n#error\n#endif\n", []):
-            variants = {name: flags for name, flags in X86_VARIANTS.items() if compiles(compiler, "", flags)}
+            flags.append("-DEVC_HAVE_X86_ISA=1")
+            variants = {name: isa for name, isa in X86_VARIANTS.items() if compiles(compiler, "", isa)}
             for name in X86_VARIANTS.keys() - variants.keys():
-                print(
-                    f"evc_fast: {compiler[0]} does not know {' '.join(X86_VARIANTS[name])}: no {name} kernels are built"
-                )
-            macros = ["-DEVC_HAVE_X86_ISA=1"]
+                print(f"evc_fast: no {name} kernels: {compiler[0]} does not know {shlex.join(X86_VARIANTS[name])}")
         have = [f"-DEVC_HAVE_{name.upper()}=1" for name in variants if name != "default"]
+        once = [*flags, *have, TORCH_TARGET, f"-isystem{torch / 'include'}"]
 
-        csrc, temp = ROOT / "csrc", Path(self.build_temp)
-        flags = [*COMPILE_FLAGS, *macros, f"-I{csrc}"]
-        headers = [f"-isystem{torch / 'include'}", TORCH_TARGET]
-        plan = [
-            (source, temp / f"{source.stem}.o", [*flags, *have, *headers]) for source in sorted(csrc.glob("*.cpp"))
-        ] + [
-            (source, temp / name / f"{source.stem}.o", [*flags, f"-DEVC_ISA={name}", *isa])
-            for name, isa in variants.items()
-            for source in sorted((csrc / "cpu").glob("*.cpp"))
-        ]
-        jobs = [
-            (
-                [
-                    *compiler,
-                    *options,
-                    "-MD",
-                    "-MF",
-                    str(target.with_suffix(".d")),
-                    "-c",
-                    str(source),
-                    "-o",
-                    str(target),
-                ],
-                target,
-            )
-            for source, target, options in plan
-        ]
+        temp = Path(self.build_temp)
+        plan = [(source, temp / f"{source.stem}.o", once) for source in sorted(Path("csrc").glob("*.cpp"))]
+        for name, isa in variants.items():
+            for source in sorted(Path("csrc/cpu").glob("*.cpp")):
+                plan.append((source, temp / name / f"{source.stem}.o", [*flags, f"-DEVC_ISA={name}", *isa]))
+
         workers = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         with ThreadPoolExecutor(workers) as pool:
-            failed = [name for name in pool.map(lambda job: compile_object(*job), jobs) if name]
-        if failed:
-            fail(f"compiling {failed[0]} failed, see the compiler's message above")
+            done = list(pool.map(lambda step: compile_object(compiler, *step), plan))
+        if not all(done):
+            fail(f"compiling {plan[done.index(False)][0]} failed, see the compiler's message above")
         return [target for _, target, _ in plan]
 
 
 class BuildPy(build_py):
-    """Starts from an empty folder, so that a file deleted from the tree does not reach the wheel from an older build."""
+    """Starts from an empty folder: a file deleted from the tree must not reach the wheel from an older build."""
 
     def run(self) -> None:
         if not self.editable_mode:
@@ -192,8 +173,7 @@ class BuildPy(build_py):
         super().run()
 
 
-# kernels/ and export/ stand at the top of the tree and are installed below evc_fast: the name `kernels` belongs to another
-# package.
+# kernels/ and export/ stand at the top of the tree and are installed below evc_fast: the name `kernels` is taken.
 BELOW = {f"evc_fast.{name}": name for name in ("kernels", "export")}
 packages = find_packages(include=["evc_fast", "evc_fast.*"])
 packages += [f"evc_fast.{name}" for top in BELOW.values() for name in find_packages(include=[top, f"{top}.*"])]
