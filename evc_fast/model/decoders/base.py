@@ -1,0 +1,234 @@
+"""What every decoder shares: the checks of its inputs, and all of a small decoder but its network."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from evc_fast.decoding import beam_search, check_search_options
+from evc_fast.model.decoders.vocabulary import MAX_CAPTION_WORDS, Vocabulary
+
+__all__ = ["CONFIG_FILE", "SmallDecoder", "SmallDecoderConfig", "check_targets", "check_tokens", "read_config"]
+
+CONFIG_FILE = "config.json"
+_WEIGHTS_FILE = "model.safetensors"
+_VOCABULARY_FILE = "vocabulary.json"
+
+
+def check_tokens(tokens: Tensor, input_dim: int, device: torch.device) -> None:
+    """Raise ValueError unless tokens is a floating tensor [B, N_q >= 1, input_dim] on `device`."""
+    expected = f"a floating-point tensor [B, N_q, {input_dim}] with N_q >= 1"
+    if not isinstance(tokens, Tensor):
+        raise ValueError(f"tokens must be {expected}, got {type(tokens).__name__}")
+    shape = tuple(tokens.shape)
+    if tokens.ndim != 3 or shape[2] != input_dim or shape[1] < 1 or not tokens.is_floating_point():
+        raise ValueError(f"tokens must be {expected}, got {tokens.dtype} of shape {shape}")
+    if tokens.device != device:
+        raise ValueError(f"tokens must be on the decoder's device {device}, got {tokens.device}")
+
+
+def check_targets(target_ids: Tensor, tokens: Tensor) -> None:
+    """Raise ValueError unless target_ids is int64 [B, T >= 1] with the B and the device of tokens."""
+    expected = f"an int64 tensor [{tokens.shape[0]}, T] with T >= 1"
+    if not isinstance(target_ids, Tensor):
+        raise ValueError(f"target_ids must be {expected}, got {type(target_ids).__name__}")
+    shape = tuple(target_ids.shape)
+    if target_ids.ndim != 2 or shape[0] != tokens.shape[0] or shape[1] < 1 or target_ids.dtype != torch.int64:
+        raise ValueError(f"target_ids must be {expected}, got {target_ids.dtype} of shape {shape}")
+    if target_ids.device != tokens.device:
+        raise ValueError(f"target_ids must be on the device of tokens, {tokens.device}, got {target_ids.device}")
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The config.json of a saved decoder, which names its kind under "decoder"."""
+    path = Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        raise ValueError(f"{folder} is not a saved decoder: it has no {CONFIG_FILE}")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or "decoder" not in content:
+        raise ValueError(f'{path} is not the config of a saved decoder: it has no "decoder"')
+    return content
+
+
+@dataclasses.dataclass(frozen=True)
+class SmallDecoderConfig:
+    """Sizes that the LSTM and the Transformer decoder share; the number of words comes from the vocabulary."""
+
+    input_dim: int = 300  # d_out: width of the tokens that are read
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name == "dropout":
+                if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+                    raise ValueError(f"dropout must be a number in [0, 1), got {value!r}")
+            elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{field.name} must be a positive integer, got {value!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The inverse of `to_dict`; an unknown key is refused."""
+        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}")
+        return cls(**values)
+
+
+class SmallDecoder(nn.Module):
+    """A decoder over words that is trained from scratch and searched by our own beam search.
+
+    A subclass names its `kind` and `config_class`, registers `output`, the linear map to the vocabulary, and implements
+    `forward`, `_start`, `_step` and `_reorder`.
+    `random_weights` is True until a trainer or a checkpoint says otherwise; it is saved with the decoder.
+    """
+
+    kind: ClassVar[str]
+    config_class: ClassVar[type[SmallDecoderConfig]]
+    output: nn.Linear
+
+    def __init__(self, config: SmallDecoderConfig, vocabulary: Vocabulary) -> None:
+        super().__init__()
+        if not isinstance(config, self.config_class):
+            raise ValueError(f"config must be a {self.config_class.__name__}, got {type(config).__name__}")
+        if not isinstance(vocabulary, Vocabulary):
+            raise ValueError(f"vocabulary must be a Vocabulary, got {type(vocabulary).__name__}")
+        self.config = config
+        self.vocabulary = vocabulary
+        self.random_weights = True
+
+    @property
+    def input_dim(self) -> int:
+        """d_out, the width of the tokens that are read."""
+        return self.config.input_dim
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """False where the vocabulary is a placeholder: captions are then printed as word ids, "<17> <3>"."""
+        return not self.vocabulary.random
+
+    @property
+    def pad_id(self) -> int:
+        return self.vocabulary.pad_id
+
+    @property
+    def eos_id(self) -> int:
+        return self.vocabulary.eos_id
+
+    @property
+    def device(self) -> torch.device:
+        return self.output.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.output.weight.dtype
+
+    @abstractmethod
+    def _start(self, tokens: Tensor, max_new_tokens: int) -> Any:
+        """State before the first token, for B rows."""
+
+    @abstractmethod
+    def _step(self, last_ids: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """Hidden vectors [rows, width of the output map] after reading `last_ids` [rows], and the next state."""
+
+    @abstractmethod
+    def _reorder(self, state: Any, rows: Tensor) -> Any:
+        """The state with row r taken from rows[r]."""
+
+    def _shift_right(self, target_ids: Tensor) -> Tensor:
+        """Inputs of teacher forcing: <bos>, then all targets but the last, [B, T]."""
+        start = target_ids.new_full((target_ids.shape[0], 1), self.vocabulary.bos_id)
+        return torch.cat((start, target_ids[:, :-1]), dim=1)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens: Tensor,
+        *,
+        num_beams: int = 5,
+        max_new_tokens: int = 32,
+        min_new_tokens: int = 0,
+        length_penalty: float = 1.0,
+    ) -> Tensor:
+        """Caption ids [B, T] int64 by beam search, without the start token, padded after EOS. Dropout is off.
+
+        Args:
+            tokens: [B, N_q, input_dim], any floating type (cast to the decoder's own).
+            num_beams, max_new_tokens, min_new_tokens, length_penalty: see `evc_fast.decoding.beam_search`;
+                min_new_tokens = max_new_tokens = 15 forces exactly 15 tokens, for timing.
+
+        Raises: ValueError on tokens of the wrong shape, type or device and on options out of range.
+        """
+        check_tokens(tokens, self.input_dim, self.device)
+        check_search_options(num_beams, max_new_tokens, min_new_tokens, length_penalty)
+        was_training = self.training
+        self.eval()
+        try:
+            return beam_search(
+                self._step_log_probs,
+                self._start(tokens.to(self.dtype), max_new_tokens),
+                self._reorder,
+                batch_size=tokens.shape[0],
+                bos_id=self.vocabulary.bos_id,
+                eos_id=self.vocabulary.eos_id,
+                pad_id=self.vocabulary.pad_id,
+                num_beams=num_beams,
+                max_new_tokens=max_new_tokens,
+                min_new_tokens=min_new_tokens,
+                length_penalty=length_penalty,
+                device=tokens.device,
+            ).sequences
+        finally:
+            self.train(was_training)
+
+    def _step_log_probs(self, last_ids: Tensor, state: Any) -> tuple[Tensor, Any]:
+        hidden, state = self._step(last_ids, state)
+        return torch.log_softmax(self.output(hidden).float(), dim=-1), state
+
+    def encode(self, captions: list[str]) -> Tensor:
+        """Target ids [B, T] int64 on the decoder's device: the caption's words, <eos>, then <pad>."""
+        return self.vocabulary.encode_batch(captions).to(self.device)
+
+    def decode(self, ids: Tensor, *, max_words: int | None = MAX_CAPTION_WORDS) -> list[str]:
+        """Captions of ids [B, T], up to <eos>, cut to `max_words` words (None: not cut)."""
+        if ids.ndim != 2:
+            raise ValueError(f"ids must have shape [B, T], got {tuple(ids.shape)}")
+        return [self.vocabulary.decode(row, max_words) for row in ids.tolist()]
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json, model.safetensors and vocabulary.json."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {"decoder": self.kind, "random_weights": self.random_weights, **self.config.to_dict()}
+        (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        self.vocabulary.save(folder / _VOCABULARY_FILE)
+        save_file({name: value.contiguous() for name, value in self.state_dict().items()}, folder / _WEIGHTS_FILE)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> Self:
+        """Read what `save_pretrained` wrote, in evaluation mode; `dtype=None` keeps the stored type.
+
+        Raises: ValueError where the folder holds another kind of decoder or an unknown option.
+        """
+        content = read_config(folder)
+        kind, random_weights = content.pop("decoder"), content.pop("random_weights", False)
+        if kind != cls.kind:
+            raise ValueError(f'{folder} holds a decoder of kind "{kind}", expected "{cls.kind}"')
+        weights = load_file(Path(folder) / _WEIGHTS_FILE)
+        with torch.device("meta"):
+            decoder = cls(cls.config_class.from_dict(content), Vocabulary.load(Path(folder) / _VOCABULARY_FILE))
+        decoder.load_state_dict(weights, assign=True)
+        decoder.random_weights = random_weights
+        return decoder.to(device=device, dtype=dtype).eval()
