@@ -58,7 +58,8 @@ def _in_unbuilt_checkout() -> bool:
 
 if _in_unbuilt_checkout():
     warnings.warn(
-        f"evc_fast is imported from the unbuilt checkout {Path(__file__).resolve().parent.parent}, which has no compiled"
-        " kernels and hides an installed evc_fast: run `pip install -e .` there, or start Python elsewhere or with -P",
+        f"evc_fast is imported from the unbuilt checkout {Path(__file__).resolve().parent.parent}, which hides an"
+        " installed evc_fast and has no compiled kernels: run `pip install -e .` there, or start Python elsewhere or"
+        " with -P",
         stacklevel=2,
     )
