@@ -42,7 +42,7 @@ def _load_extension() -> str:
     try:
         torch.ops.load_library(str(EXTENSION_PATH))
     except OSError as error:
-        return f"the compiled library does not load with torch {torch.__version__} ({error}): rebuild with pip install ."
+        return f"the compiled library does not load with torch {torch.__version__}: rebuild with pip install . ({error})"
     return ""
 
 

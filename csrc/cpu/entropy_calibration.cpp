@@ -1,0 +1,201 @@
+// Factual calibration, equations (10)-(16). A task is one video: its K triplets weigh each other.
+#include "kernels.h"
+
+namespace evc::EVC_NAMESPACE {
+namespace {
+
+template <class T>
+constexpr T kMinSimilarity = T(1e-6);
+
+// e: [D], exp(T - max), for callers that need p again. Returns the entropy and what re-derives p and log p.
+template <class T>
+struct Entropy {
+  T max, log_total, h;
+};
+
+template <class S, class T = Acc<S>>
+Entropy<T> entropy(const S* x, int64_t D, T* e) {
+  Vec<T> best = splat(-T(INFINITY));
+  for_row<T>(D, [&](int64_t i, auto part) { best = max_vec<T>(best, part.get(x + i, -T(INFINITY))); });
+  const T max = max_lanes<T>(best);
+  Vec<T> total{}, moment{};
+  for_row<T>(D, [&](int64_t i, auto part) {
+    Vec<T> shifted = part.get(x + i, -T(INFINITY)) - max;
+    Vec<T> p = exp_nonpositive<T>(shifted);
+    part.put(p, e + i);
+    total += p;
+    moment += shifted < ExpOf<T>::kLowest ? Vec<T>{} : p * shifted;  // 0 log 0 = 0, also for the padding's -inf
+  });
+  const T sum = sum_lanes<T>(total), log_total = std::log(sum);
+  return {max, log_total, log_total - sum_lanes<T>(moment) / sum};  // (11): logsumexp(T) - sum p T
+}
+
+template <class T>
+void component_weights(const Entropy<T>* of, bool self_refine, T* alpha) {
+  const T total = of[0].h + of[1].h + of[2].h;
+  for (int c = 0; c < 3; ++c) alpha[c] = self_refine && total != 0 ? of[c].h / total : T(1) / 3;  // (12)
+}
+
+template <class T>
+EVC_INLINE T clamped(T similarity) {
+  return similarity < kMinSimilarity<T> ? kMinSimilarity<T> : similarity;
+}
+
+inline bool same_group(const int64_t* groups, int64_t i, int64_t j) { return groups ? groups[i] == groups[j] : i == j; }
+
+inline bool single_group(const int64_t* groups, int64_t K) {
+  for (int64_t i = 1; i < K; ++i)
+    if (!same_group(groups, 0, i)) return false;
+  return true;
+}
+
+// In double: where one similarity outweighs all others, log p of a p near 1 keeps its digits.
+template <class T>
+double group_share(const T* similarity, const int64_t* groups, int64_t K, int64_t i) {  // (14)
+  double group = 0, all = 0;
+  for (int64_t j = 0; j < K; ++j) {
+    const double s = clamped(similarity[j]);
+    all += s;
+    if (same_group(groups, i, j)) group += s;
+  }
+  return group / all;
+}
+
+template <class T>
+void triplet_weights(const T* similarity, const int64_t* groups, int64_t K, bool cross_refine, T* theta) {
+  if (!cross_refine || single_group(groups, K)) {
+    for (int64_t i = 0; i < K; ++i) theta[i] = T(1) / K;
+    return;
+  }
+  double total = 0;
+  for (int64_t i = 0; i < K; ++i) {
+    const double p = group_share(similarity, groups, K, i);
+    total += p * std::log(p);
+  }
+  for (int64_t i = 0; i < K; ++i) {
+    const double p = group_share(similarity, groups, K, i);
+    theta[i] = T(p * std::log(p) / total);  // (15)
+  }
+}
+
+template <class T>
+void triplet_weights_backward(const T* similarity, const int64_t* groups, int64_t K, bool cross_refine,
+                              const T* grad_theta, T* grad_similarity) {
+  for (int64_t j = 0; j < K; ++j) grad_similarity[j] = 0;
+  if (!cross_refine || single_group(groups, K)) return;
+  double all = 0, total = 0, mean = 0;
+  for (int64_t i = 0; i < K; ++i) {
+    const double p = group_share(similarity, groups, K, i);
+    all += clamped(similarity[i]);
+    total += p * std::log(p);
+    mean += p * std::log(p) * grad_theta[i];
+  }
+  mean /= total;  // sum_i theta_i grad_theta_i
+  for (int64_t j = 0; j < K; ++j) {
+    if (similarity[j] < kMinSimilarity<T>) continue;
+    double grad = 0;
+    for (int64_t i = 0; i < K; ++i) {
+      const double p = group_share(similarity, groups, K, i);
+      const double grad_p = (grad_theta[i] - mean) / total * (std::log(p) + 1);
+      grad += grad_p * ((same_group(groups, i, j) ? 1 : 0) - p) / all;
+    }
+    grad_similarity[j] = T(grad);
+  }
+}
+
+template <class S>
+void forward(const EntropyArgs& args, int64_t begin, int64_t end, void* scratch) {
+  typedef Acc<S> T;
+  const int64_t K = args.K, D = args.D;
+  T* e = static_cast<T*>(scratch);  // [D]
+  for (int64_t b = begin; b < end; ++b) {
+    const int64_t* groups = args.groups ? args.groups + b * K : nullptr;
+    T* theta = static_cast<T*>(args.triplet_weights) + b * K;
+    triplet_weights(static_cast<const T*>(args.similarity) + b * K, groups, K, args.cross_refine, theta);
+    for (int64_t k = 0; k < K; ++k) {
+      const int64_t first = (b * K + k) * 3;
+      const S* x = static_cast<const S*>(args.triplets) + first * D;
+      S* y = static_cast<S*>(args.calibrated) + first * D;
+      T* alpha = static_cast<T*>(args.component_weights) + first;
+      Entropy<T> of[3] = {};
+      if (args.self_refine)
+        for (int c = 0; c < 3; ++c) of[c] = entropy(x + c * D, D, e);
+      component_weights(of, args.self_refine, alpha);
+      for (int c = 0; c < 3; ++c) {
+        const T scale = theta[k] * alpha[c];  // (13), (16)
+        for_row<T>(D, [&](int64_t i, auto part) { part.put(scale * part.get(x + c * D + i, 0), y + c * D + i); });
+      }
+    }
+  }
+}
+
+// With r_c = <grad, T_c>: grad_theta = sum_c alpha_c r_c, grad_alpha_c = theta r_c, grad_h from the quotient (12),
+// and dh/dT = -p (log p + h).
+template <class S>
+void backward(const EntropyArgs& args, int64_t begin, int64_t end, void* scratch) {
+  typedef Acc<S> T;
+  const int64_t K = args.K, D = args.D;
+  T* e = static_cast<T*>(scratch);  // [3, D]
+  T* theta = e + 3 * D;             // [K]
+  T* grad_theta = theta + K;        // [K]
+  for (int64_t b = begin; b < end; ++b) {
+    const int64_t* groups = args.groups ? args.groups + b * K : nullptr;
+    const T* similarity = static_cast<const T*>(args.similarity) + b * K;
+    triplet_weights(similarity, groups, K, args.cross_refine, theta);
+    for (int64_t k = 0; k < K; ++k) {
+      const int64_t first = (b * K + k) * 3 * D;
+      const S* x = static_cast<const S*>(args.triplets) + first;
+      const S* grad = static_cast<const S*>(args.grad_calibrated) + first;
+      S* grad_x = static_cast<S*>(args.grad_triplets) + first;
+      Entropy<T> of[3] = {};
+      T alpha[3], r[3];
+      for (int c = 0; c < 3; ++c) {
+        if (args.self_refine) of[c] = entropy(x + c * D, D, e + c * D);
+        Vec<T> dot{};
+        for_row<T>(D, [&](int64_t i, auto part) { dot += part.get(x + c * D + i, 0) * part.get(grad + c * D + i, 0); });
+        r[c] = sum_lanes<T>(dot);
+      }
+      component_weights(of, args.self_refine, alpha);
+      grad_theta[k] = alpha[0] * r[0] + alpha[1] * r[1] + alpha[2] * r[2];
+      const T total = of[0].h + of[1].h + of[2].h;
+      for (int c = 0; c < 3; ++c) {
+        const T scale = theta[k] * alpha[c];
+        const T grad_h = total != 0 ? theta[k] * (r[c] - grad_theta[k]) / total : 0;
+        const T total_e = std::exp(of[c].log_total);
+        for_row<T>(D, [&](int64_t i, auto part) {
+          Vec<T> g = scale * part.get(grad + c * D + i, 0);
+          if (grad_h != 0) {
+            Vec<T> shifted = part.get(x + c * D + i, 0) - of[c].max;
+            Vec<T> weight = part.get(e + c * D + i, 0) * (grad_h / total_e);
+            Vec<T> slope = weight * (shifted - of[c].log_total + of[c].h);
+            g -= shifted < ExpOf<T>::kLowest ? Vec<T>{} : slope;
+          }
+          part.put(g, grad_x + c * D + i);
+        });
+      }
+    }
+    triplet_weights_backward(similarity, groups, K, args.cross_refine, grad_theta,
+                             static_cast<T*>(args.grad_similarity) + b * K);
+  }
+}
+
+template <class S>
+size_t forward_scratch(const EntropyArgs& args) {
+  return args.D * sizeof(Acc<S>);
+}
+template <class S>
+size_t backward_scratch(const EntropyArgs& args) {
+  return (3 * args.D + 2 * args.K) * sizeof(Acc<S>);
+}
+
+}  // namespace
+
+void add_entropy_calibration(Kernels& kernels) {
+  for_each_dtype([&](Dtype dtype, auto storage) {
+    typedef decltype(storage) S;
+    kernels.entropy_forward[dtype] = {forward_scratch<S>, forward<S>};
+    kernels.entropy_backward[dtype] = {backward_scratch<S>, backward<S>};
+  });
+}
+
+}  // namespace evc::EVC_NAMESPACE

@@ -1,0 +1,20 @@
+#include "kernels.h"
+
+namespace evc::EVC_NAMESPACE {
+
+namespace {
+Kernels fill() {
+  Kernels kernels{};
+  add_entropy_calibration(kernels);
+  add_emotion_attention(kernels);
+  add_routing_aggregation(kernels);
+  return kernels;
+}
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels table = fill();
+  return table;
+}
+
+}  // namespace evc::EVC_NAMESPACE

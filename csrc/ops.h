@@ -1,0 +1,86 @@
+// The contract between library.cpp (tensors, threads) and csrc/cpu (kernels): raw pointers to contiguous memory,
+// int64 sizes, and one table of kernels per instruction set. Kernels allocate nothing and start no threads: the caller
+// splits [0, tasks) among threads, and gives each a scratch buffer of the size that the kernel asks for.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace evc {
+
+// Storage types of tensors. Kernels compute in float, and in double for kFloat64.
+enum Dtype { kFloat32, kBFloat16, kFloat64, kDtypes };
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// Symbols as in FACE-net: B videos, K triplets, N frames, W emotion words, d common width, D width of text features.
+// Acc* pointers are float, and double for kFloat64.
+
+struct EntropyArgs {
+  int64_t K, D;
+  bool self_refine, cross_refine;
+  const void* triplets;       // [B, K, 3, D]
+  const void* similarity;     // [B, K] Acc
+  const int64_t* groups;      // [B, K], or null: all distinct
+  void* calibrated;           // forward: [B, K, 3, D]
+  void* component_weights;    // forward: [B, K, 3] Acc
+  void* triplet_weights;      // forward: [B, K] Acc
+  const void* grad_calibrated;  // backward: [B, K, 3, D]
+  void* grad_triplets;          // backward: [B, K, 3, D]
+  void* grad_similarity;        // backward: [B, K] Acc
+};
+
+struct EmotionArgs {
+  int64_t B, K, N, W, d, heads;
+  const void *query, *key, *value, *gate_query, *gate_key;  // [B,K,N,d] [W,d] [W,d] [B,K,N,d] [B,N,d]
+  void* context;                                            // forward: [B, K, N, d]
+  void* candidates;           // X [B, K, N, d]: written by forward unless null, read by backward
+  const void* grad_context;   // backward: [B, K, N, d]
+  void *grad_query, *grad_key, *grad_value, *grad_gate_query, *grad_gate_key;
+  void* dictionary;           // packed keys and values, emotion_dictionary_bytes, filled by emotion_pack
+  void* partials;             // backward: emotion_chunks sums of the dictionary's gradients, zeroed by the kernel
+};
+
+struct RoutingArgs {
+  int64_t K, N, d;
+  const void *facts, *emotions;  // [B, K, N, d]
+  const void* logits;            // forward: [B, N, K] Acc
+  void* routed;                  // forward: [B, 2N, d]
+  void* pooled;                  // forward: [B, 2d]
+  void* weights;                 // [B, N, K] Acc: written by forward, read by backward
+  const void *grad_routed, *grad_pooled;
+  void *grad_facts, *grad_emotions;
+  void* grad_logits;             // backward: [B, N, K] Acc
+};
+
+template <class Args>
+struct Kernel {
+  size_t (*scratch_bytes)(const Args&);  // per thread
+  void (*run)(const Args&, int64_t begin, int64_t end, void* scratch);
+};
+
+// Tasks: entropy B; emotion_forward B K; emotion_backward chunks; routing_forward 2 B; routing_backward B N.
+struct Kernels {
+  Kernel<EntropyArgs> entropy_forward[kDtypes], entropy_backward[kDtypes];
+  Kernel<EmotionArgs> emotion_pack[kDtypes], emotion_forward[kDtypes];  // pack: one task a head
+  Kernel<EmotionArgs> emotion_backward[kDtypes], emotion_reduce[kDtypes];  // reduce: one task a word
+  Kernel<RoutingArgs> routing_forward[kDtypes], routing_backward[kDtypes];
+  size_t (*emotion_dictionary_bytes[kDtypes])(const EmotionArgs&, bool backward);
+  size_t (*emotion_partial_bytes[kDtypes])(const EmotionArgs&);  // a chunk
+};
+
+// Videos are summed in this many chunks, each in order, and the chunks in order: the dictionary's gradients depend on
+// the batch alone, never on the number of threads.
+inline int64_t emotion_chunks(int64_t batch) {
+  return batch < 4 ? (batch > 0 ? 1 : 0) : batch / 4 < 32 ? batch / 4 : 32;
+}
+
+// One table a variant that was built; only `isa_default` runs on every machine.
+namespace isa_default { const Kernels& kernels(); }
+namespace isa_avx2 { const Kernels& kernels(); }
+namespace isa_avx512 { const Kernels& kernels(); }
+namespace isa_avx512_bf16 { const Kernels& kernels(); }
+
+}  // namespace evc
