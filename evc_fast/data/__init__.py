@@ -1,0 +1,1 @@
+"""From files to features: video frames, the frozen CLIP towers, and the caption repository."""
