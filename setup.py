@@ -111,8 +111,8 @@ def compile_object(compiler: list[str], source: Path, target: Path, flags: list[
     if is_current(target, command):
         return True
     target.parent.mkdir(parents=True, exist_ok=True)
-    print(shlex.join(command), flush=True)
-    # Through a pipe, so that the messages of files compiled side by side do not mix.
+    # One write, and the compiler's messages through a pipe: files compiled side by side do not mix theirs.
+    print(f"{shlex.join(command)}\n", end="", flush=True)
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     sys.stderr.write(done.stderr)
     target.with_suffix(".cmd").write_text(shlex.join(command) if done.returncode == 0 else "")

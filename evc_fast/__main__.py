@@ -163,8 +163,10 @@ def print_rich(title: str, heads: list[str], rows: list[list[str]]) -> None:
     from rich.text import Text
 
     table = Table(title=title, title_justify="left", title_style="bold")
-    for head in heads:
-        table.add_column(head)
+    for column, head in enumerate(heads):
+        # Names stay whole on a narrow terminal; sentences wrap.
+        width = max(len(row[column]) for row in rows) if column == 0 else None
+        table.add_column(head, min_width=width, overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
     Console().print(table)
