@@ -59,7 +59,8 @@ def read_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[st
     if not isinstance(config, dict):
         raise ValueError(f"{folder / CONFIG_NAME} must hold a JSON object, it holds a {type(config).__name__}")
     try:
-        tensors = load_file(folder / WEIGHTS_NAME)
+        # Copies: in the mapped file tensors are loosely aligned, and products round and run differently on those.
+        tensors = {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS_NAME).items()}
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS_NAME} is not a complete safetensors file: {error}") from error
     return config, tensors
