@@ -67,8 +67,11 @@ extern "C" __attribute__((visibility("default"))) const char* evc_fast_cpu_isa()
 extern "C" __attribute__((visibility("default"))) const char* evc_fast_cpu_isas_supported() {
   static const std::string names = [] {
     std::string joined;
-    for (const evc::Variant& variant : evc::kVariants)
-      if (variant.runs_here()) joined += (joined.empty() ? "" : ",") + std::string(variant.name);
+    for (const evc::Variant& variant : evc::kVariants) {
+      if (!variant.runs_here()) continue;
+      if (!joined.empty()) joined += ',';
+      joined += variant.name;
+    }
     return joined;
   }();
   return names.c_str();

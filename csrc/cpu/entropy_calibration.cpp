@@ -158,16 +158,17 @@ void backward(const EntropyArgs& args, int64_t begin, int64_t end, void* scratch
       component_weights(of, args.self_refine, alpha);
       grad_theta[k] = alpha[0] * r[0] + alpha[1] * r[1] + alpha[2] * r[2];
       const T total = of[0].h + of[1].h + of[2].h;
+      const bool uncertain = args.self_refine && total != 0;
       for (int c = 0; c < 3; ++c) {
         const T scale = theta[k] * alpha[c];
-        const T grad_h = total != 0 ? theta[k] * (r[c] - grad_theta[k]) / total : 0;
-        const T total_e = std::exp(of[c].log_total);
+        const T grad_h = theta[k] * (r[c] - grad_theta[k]);  // times the sum of entropies
+        const T share = 1 / (total * std::exp(of[c].log_total));
+        const T offset = of[c].h - of[c].log_total;
         for_row<T>(D, [&](int64_t i, auto part) {
           Vec<T> g = scale * part.get(grad + c * D + i, 0);
-          if (grad_h != 0) {
+          if (uncertain) {  // p / sum first: near certainty both vanish, and their quotient does not
             Vec<T> shifted = part.get(x + c * D + i, 0) - of[c].max;
-            Vec<T> weight = part.get(e + c * D + i, 0) * (grad_h / total_e);
-            Vec<T> slope = weight * (shifted - of[c].log_total + of[c].h);
+            Vec<T> slope = part.get(e + c * D + i, 0) * share * (grad_h * (shifted + offset));
             g -= shifted < ExpOf<T>::kLowest ? Vec<T>{} : slope;
           }
           part.put(g, grad_x + c * D + i);

@@ -20,16 +20,21 @@
 namespace evc::EVC_NAMESPACE {
 namespace {
 
+// Defined from outside only by the test that runs the wide variants' logic on machines without AVX-512.
+#if !defined(EVC_VECTOR_BYTES)
 #if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-constexpr int kTileRows = 12;  // 12 x 2 accumulators, 2 of B and 1 of A in 32 registers
+#define EVC_VECTOR_BYTES 64
+#define EVC_TILE_ROWS 12  // 12 x 2 sums, 2 of B and 1 of A in 32 registers
 #elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
-constexpr int kTileRows = 6;  // 6 x 2 accumulators, 2 of B and 1 of A in 16 registers
+#define EVC_VECTOR_BYTES 32
+#define EVC_TILE_ROWS 6  // 6 x 2 sums, 2 of B and 1 of A in 16 registers
 #else
-constexpr int kVectorBytes = 16;
-constexpr int kTileRows = 4;
+#define EVC_VECTOR_BYTES 16
+#define EVC_TILE_ROWS 4
 #endif
+#endif
+constexpr int kVectorBytes = EVC_VECTOR_BYTES;
+constexpr int kTileRows = EVC_TILE_ROWS;
 
 template <class T>
 struct VectorOf {

@@ -45,7 +45,7 @@ def check_arguments(op: str, arguments: Sequence[tuple[str, Tensor, tuple[str, .
                 )
         if tensor.device != first.device:
             raise ValueError(
-                f"{op}: all tensors must be on one device; {label} is on {tensor.device}, {first_name} on {first.device}"
+                f"{op}: {label} is on {tensor.device}, {first_name} on {first.device}: one device is expected"
             )
         if label == "groups":
             if tensor.dtype != _INTEGER_DTYPE:

@@ -6,6 +6,8 @@ Dropping the handle would remove the ops, so it lives as long as this module. Th
 
 from __future__ import annotations
 
+import ctypes
+import os
 from pathlib import Path
 
 import torch
@@ -35,15 +37,24 @@ for _schema in SCHEMAS:
 EXTENSION_PATH = Path(__file__).resolve().parent.parent / "_C.abi3.so"
 
 
-def _load_extension() -> str:
-    """Load the compiled kernels; returns why they are not there, or "" when they are."""
+def _load_extension() -> ctypes.CDLL | str:
+    """The compiled kernels, or why they are not there."""
     if not EXTENSION_PATH.exists():
         return "the compiled library is absent (built with EVC_FAST_NO_EXTENSION=1, or never built): pip install ."
     try:
         torch.ops.load_library(str(EXTENSION_PATH))
     except OSError as error:
-        return f"the compiled library does not load with torch {torch.__version__}: rebuild with pip install . ({error})"
-    return ""
+        return f"the compiled library does not load with torch {torch.__version__} ({error}): pip install . rebuilds it"
+    extension = ctypes.CDLL(str(EXTENSION_PATH))
+    for name in ("evc_fast_cpu_isa", "evc_fast_cpu_isas_supported"):
+        getattr(extension, name).restype = ctypes.c_char_p
+    if not extension.evc_fast_cpu_isa():
+        supported = extension.evc_fast_cpu_isas_supported().decode().replace(",", ", ")
+        wanted = os.environ["EVC_FAST_ISA"]
+        raise RuntimeError(f"EVC_FAST_ISA is {wanted!r}; name a variant that was built and runs here: {supported}")
+    return extension
 
 
-EXTENSION_MISSING = _load_extension()
+_extension = _load_extension()
+EXTENSION = None if isinstance(_extension, str) else _extension
+EXTENSION_MISSING = _extension if isinstance(_extension, str) else ""

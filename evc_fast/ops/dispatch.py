@@ -6,7 +6,6 @@ fastest one that can serve the tensors' device and type, and logs once where tha
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import logging
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from evc_fast.ops._library import EXTENSION_MISSING, EXTENSION_PATH
+from evc_fast.ops._library import EXTENSION, EXTENSION_MISSING
 
 Impl = Literal["reference", "cpp"]
 
@@ -87,22 +86,14 @@ def _log_once(op: str, obstacle: str) -> None:
     _logger.warning("%s runs on its PyTorch reference: cpp: %s", op, obstacle)
 
 
-@functools.cache
-def _extension() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(EXTENSION_PATH))
-    library.evc_fast_cpu_isa.restype = ctypes.c_char_p
-    library.evc_fast_cpu_isas_supported.restype = ctypes.c_char_p
-    return library
-
-
 def cpu_isa() -> str:
     """The instruction-set variant that the compiled kernels use here, or "none" where they are absent.
 
     ``EVC_FAST_ISA`` (default, avx2, avx512, avx512_bf16), read when the library loads, forces one that the machine has.
     """
-    return "none" if EXTENSION_MISSING else _extension().evc_fast_cpu_isa().decode()
+    return EXTENSION.evc_fast_cpu_isa().decode() if EXTENSION else "none"
 
 
 def cpu_isas_supported() -> list[str]:
     """The variants that were built and that this machine can run, slowest first."""
-    return [] if EXTENSION_MISSING else _extension().evc_fast_cpu_isas_supported().decode().split(",")
+    return EXTENSION.evc_fast_cpu_isas_supported().decode().split(",") if EXTENSION else []

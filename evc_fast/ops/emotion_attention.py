@@ -6,6 +6,7 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from evc_fast.ops import dispatch
 from evc_fast.ops._contract import autocast_inputs, check_arguments, describe, without_autocast
@@ -108,3 +109,25 @@ def _forward_fake(query, key, value, gate_query, gate_key, num_heads, keep_candi
 @functools.partial(torch.library.register_fake, f"{NAMESPACE}::emotion_attention_backward", lib=LIBRARY)
 def _backward_fake(grad_context, query, key, value, gate_query, gate_key, candidates, num_heads):
     return tuple(t.new_empty(t.shape) for t in (query, key, value, gate_query, gate_key))
+
+
+# What FlopCounterMode counts: matrix products, 2 FLOPs a multiply-add. The other two ops hold none.
+
+
+def _product_flops(query_shape, key_shape) -> tuple[int, int]:
+    """One product with the dictionary, and one with the frames."""
+    batch, triplets, frames, width = query_shape
+    rows = batch * triplets * frames
+    return 2 * rows * key_shape[0] * width, 2 * rows * frames * width
+
+
+@register_flop_formula(torch.ops.evc_fast.emotion_attention_forward)
+def _forward_flops(query_shape, key_shape, *_, **__) -> int:
+    dictionary, gate = _product_flops(query_shape, key_shape)
+    return 2 * dictionary + 2 * gate  # Q K^T and P V; G_q G_k^T and G X
+
+
+@register_flop_formula(torch.ops.evc_fast.emotion_attention_backward)
+def _backward_flops(_grad_shape, query_shape, key_shape, *_, **__) -> int:
+    dictionary, gate = _product_flops(query_shape, key_shape)
+    return 5 * dictionary + 5 * gate  # the scores once more, and four gradients of each pair of products

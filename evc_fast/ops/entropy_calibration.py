@@ -68,9 +68,7 @@ class _EntropyCalibration(torch.autograd.Function):
     @staticmethod
     def forward(ctx, triplets, similarity, groups, self_refine, cross_refine):
         with torch._C._AutoDispatchBelowAutograd():
-            outputs = _compiled(
-                triplets, similarity, groups, self_refine=self_refine, cross_refine=cross_refine
-            )
+            outputs = _compiled(triplets, similarity, groups, self_refine=self_refine, cross_refine=cross_refine)
         ctx.save_for_backward(triplets, similarity, groups)
         ctx.refine = self_refine, cross_refine
         ctx.mark_non_differentiable(*outputs[1:])

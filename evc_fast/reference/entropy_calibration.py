@@ -22,7 +22,9 @@ def entropy_calibration(
     features = triplets.to(accumulate_dtype(triplets))
     alpha = _component_weights(features) if self_refine else torch.full_like(features[..., 0], 1 / 3)
     similarity = similarity.to(features.dtype)
-    theta = _triplet_weights(similarity, groups) if cross_refine else torch.full_like(similarity, 1 / similarity.size(1))
+    theta = (
+        _triplet_weights(similarity, groups) if cross_refine else torch.full_like(similarity, 1 / similarity.size(1))
+    )
     calibrated = (theta[..., None] * alpha)[..., None] * features  # (13), (16)
     return calibrated.to(triplets.dtype), alpha.detach(), theta.detach()
 

@@ -1,0 +1,1 @@
+"""The shapes and the error bounds that tests and benchmarks share."""

@@ -1,0 +1,70 @@
+"""Every instruction-set variant that this machine can run, and the wide ones' logic on any machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import evc_fast
+from evc_fast.ops import dispatch
+
+HERE = Path(__file__).resolve().parent
+SOURCES = HERE.parent / "csrc"
+QUICK = "test_values_and_gradients or test_every_output_element_is_written"
+
+
+def run_op_tests(environment: dict[str, str], select: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-x", "--import-mode=importlib", "-p", "no:cacheprovider"]
+    return subprocess.run(
+        [*command, "-k", select, str(HERE / "test_ops.py")],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("isa", dispatch.cpu_isas_supported()[:-1])  # the last one serves every other test
+def test_slower_variants(isa):
+    result = run_op_tests({"EVC_FAST_ISA": isa}, QUICK)
+    assert result.returncode == 0, result.stdout + result.stderr
+    shown = subprocess.run(
+        [sys.executable, "-P", "-c", "from evc_fast.ops import dispatch; print(dispatch.cpu_isa())"],
+        env={**os.environ, "EVC_FAST_ISA": isa},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert shown.stdout.strip() == isa
+
+
+@pytest.mark.skipif(
+    not dispatch.cpu_isas_supported(), reason="built with EVC_FAST_NO_EXTENSION=1: there are no variants"
+)
+def test_a_variant_that_cannot_run_is_refused():
+    result = run_op_tests({"EVC_FAST_ISA": "avx1024"}, "tiny")
+    assert result.returncode != 0
+    assert "EVC_FAST_ISA is 'avx1024'" in result.stdout
+    assert "built and runs here: default" in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_logic_of_64_byte_vectors_on_any_machine(tmp_path):
+    """The AVX-512 code paths (vector length, tiles, tails), lowered by the compiler to what this machine has."""
+    package = tmp_path / "evc_fast"
+    shutil.copytree(Path(evc_fast.__file__).parent, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    include = Path(torch.__file__).parent / "include"
+    common = ["c++", "-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-w"]
+    common += ["-march=native", "-DEVC_VECTOR_BYTES=64", "-DEVC_TILE_ROWS=12", "-DEVC_ISA=default", "-I", str(include)]
+    common += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    sources = [str(p) for p in (*SOURCES.glob("*.cpp"), *SOURCES.glob("cpu/*.cpp"))]
+    subprocess.run([*common, "-shared", *sources, "-o", str(package / "_C.abi3.so")], check=True)
+    result = run_op_tests({"PYTHONPATH": str(tmp_path)}, QUICK)
+    assert result.returncode == 0, result.stdout + result.stderr
