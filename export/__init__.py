@@ -1,1 +1,1 @@
-"""Exporters of the encoder (installed as `evc_fast.export`): none yet."""
+"""Exporters of the encoder, installed as `evc_fast.export`: none yet."""
