@@ -165,7 +165,9 @@ def beam_search(
 
     if not bool(best_score.isfinite().all()):
         bad = (~best_score.isfinite()).nonzero()[:, 0].tolist()
-        raise RuntimeError(f"no hypothesis of finite score for batch items {bad}: log-probabilities are NaN or all -inf")
+        raise RuntimeError(
+            f"no hypothesis of finite score for batch items {bad}: log-probabilities are NaN or all -inf"
+        )
     return BeamSearchOutput(best[:, : int(best_length.max())], best_score, best_length)
 
 

@@ -42,7 +42,7 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class LoraOptions:
-    """LoRA as the paper trains it. `target_modules=None` takes q and v of every attention (T5: q, v; OPT: q_proj, v_proj)."""
+    """LoRA as the paper trains it. `target_modules=None`: every attention's q and v (T5: q, v; OPT: q_proj, v_proj)."""
 
     rank: int = 16
     alpha: int = 32
@@ -90,7 +90,7 @@ class LLMDecoder(nn.Module):
         self.random_weights = random_weights
         self.lora = lora
         self._source = source
-        # Only ids are taken from the checkpoint's generation config: no repetition penalty, length or sampling of its own.
+        # Only ids come from the checkpoint's generation config: no repetition penalty, length or sampling of its own.
         ids = {
             name: getattr(llm.generation_config, name)
             for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
@@ -100,6 +100,8 @@ class LLMDecoder(nn.Module):
         if not self.eos_ids or ids["pad_token_id"] is None:
             raise ValueError("the LLM's generation config must name eos_token_id and pad_token_id")
         llm.generation_config = GenerationConfig(**ids)
+        # transformers 5 writes True into every T5 config; whoever ties again by it would lose FLAN's output map.
+        llm.config.tie_word_embeddings = llm.get_output_embeddings().weight is llm.get_input_embeddings().weight
         self.set_prompt(prompt)
         if lora is not None:
             targets = list(lora.target_modules or _LORA_TARGETS[self.family])
@@ -158,12 +160,12 @@ class LLMDecoder(nn.Module):
         shape: str,
         *,
         dtype: torch.dtype = torch.bfloat16,
-        lora: LoraOptions | None = LoraOptions(),  # noqa: B008 (frozen)
+        lora: LoraOptions | None = LoraOptions(),
         prompt: Sequence[int] | None = None,
         device: torch.device | str = "cpu",
         seed: int = 0,
     ) -> Self:
-        """The true shape of "flan-t5-xl" or "opt-2.7b" (or "tiny-t5", "tiny-opt") with random weights and no tokenizer."""
+        """The true shape of "flan-t5-xl" or "opt-2.7b" (or "tiny-t5", "tiny-opt"), random weights and no tokenizer."""
         llm = random_llm(shape, dtype=dtype, device=device, seed=seed)
         source = {"random": {"shape": shape, "seed": seed}}
         return cls(llm, None, prompt=prompt, lora=lora, source=source, random_weights=True)
@@ -200,7 +202,7 @@ class LLMDecoder(nn.Module):
         return self.base.get_input_embeddings().weight.dtype
 
     def set_prompt(self, prompt: str | Sequence[int] | None) -> None:
-        """Replace the prompt: text, token ids, or None for the default. Raises ValueError on text without a tokenizer."""
+        """Replace the prompt: text, token ids, or None for the default. ValueError on text without a tokenizer."""
         if isinstance(prompt, str) or (prompt is None and self.tokenizer is not None):
             if self.tokenizer is None:
                 raise ValueError("prompt must be token ids, since this LLM has no tokenizer, got a str")
@@ -225,15 +227,15 @@ class LLMDecoder(nn.Module):
         positions = getattr(self.base.config, "max_position_embeddings", None)
         if positions is not None and length + num_new > positions:
             raise ValueError(
-                f"{tokens.shape[1]} tokens, {len(self.prompt_ids)} of the prompt and {num_new} of the caption exceed the "
-                f"LLM's {positions} positions"
+                f"{tokens.shape[1]} tokens, {len(self.prompt_ids)} of the prompt and {num_new} of the caption exceed "
+                f"the LLM's {positions} positions"
             )
         prompt = self.base.get_input_embeddings()(self.prompt_ids).expand(tokens.shape[0], -1, -1)
         embeddings = torch.cat((tokens.to(self.dtype), prompt), dim=1)
         return embeddings, embeddings.new_ones(embeddings.shape[:2], dtype=torch.int64)
 
     def forward(self, tokens: Tensor, target_ids: Tensor) -> Tensor:
-        """Teacher forcing: logits [B, T, vocabulary] of every target given the tokens, the prompt and the targets before.
+        """Teacher forcing: logits [B, T, vocabulary] of each target given tokens, prompt and the targets before it.
 
         Args:
             tokens: [B, N_q, input_dim], any floating type; gradients reach it.
@@ -270,7 +272,7 @@ class LLMDecoder(nn.Module):
         min_new_tokens: int = 0,
         length_penalty: float = 1.0,
     ) -> Tensor:
-        """Caption ids [B, T] int64 by transformers' `generate`, without the start token, padded after EOS. Dropout is off.
+        """Caption ids [B, T] int64 by transformers' `generate`, without the start token, padded after EOS; no dropout.
 
         Args:
             tokens: [B, N_q, input_dim], any floating type.

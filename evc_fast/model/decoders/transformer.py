@@ -82,7 +82,7 @@ class TransformerDecoder(SmallDecoder):
     def _step(self, last_ids: Tensor, state: _State) -> tuple[Tensor, _State]:
         batch = state.cross[0][0].shape[0]
         t = 0 if state.past[0] is None else state.past[0].shape[3]
-        # [B, beams, d]: cross-attention takes an item's beams for a sequence of queries, so that its keys are not copied.
+        # [B, beams, d]: cross-attention takes an item's beams for a sequence of queries, so its keys are not copied.
         x = self._embed(last_ids, state.positions[t]).unflatten(0, (batch, -1))
         past = []
         for layer, layer_past, cross in zip(self.layers, state.past, state.cross, strict=True):
