@@ -1,0 +1,230 @@
+"""Time each op: forward, backward and both, every implementation beside eager PyTorch and torch.compile.
+
+Every implementation is checked against float64 before it is timed; a wrong one is reported and not timed. All are timed
+in turns within one run, and the least of many turns counts. The floor of an op is what this machine allows, measured
+in the same run: the larger of its matrix products at the matrix peak, and a copy of the bytes that it must move.
+
+    python benchmarks/ops.py                        # float32, B = 1 and 32, the paper's sizes
+    python benchmarks/ops.py --dtype bfloat16 --batch 32
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from _machine import best_seconds, describe, dtype_name, measure_ceilings, synchronise
+from _report import MISSING, Table, milliseconds
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from evc_fast.ops import dispatch
+from evc_fast.testing.cases import DIFFERENTIABLE, Case, benchmark_case
+from evc_fast.testing.tolerances import FORWARD_FACTOR, GRADIENT_FACTOR, error_bound, largest_error
+
+PHASES = ("forward", "backward", "full")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+RIVALS = ("eager", "torch.compile")
+RIVAL_SLACK = 4  # torch.compile orders sums as it likes: it is compared, not judged by our bound
+Run = Callable[..., tuple[Tensor, ...]]
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n")[1])
+    parser.add_argument("--op", nargs="+", choices=dispatch.OPS, default=list(dispatch.OPS), help="default: all")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 32], help="videos in a batch (default: 1 32)")
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["float32"])
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=4.0, help="measuring time of one op and size")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (it takes most of the time)")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "local")
+    return parser.parse_args(argv)
+
+
+def contenders(case: Case, tensor: Tensor, compiled: bool) -> dict[str, Run]:
+    """Everything that can run this case, eager PyTorch first."""
+    runs: dict[str, Run] = {"eager": case.plain}
+    if compiled:
+        torch._dynamo.reset()
+        runs["torch.compile"] = torch.compile(case.plain, fullgraph=True)
+    for implementation in dispatch.implementations(case.op):
+        serves = implementation.available and tensor.device.type in implementation.devices
+        if serves and tensor.dtype in implementation.dtypes:
+            runs[implementation.name] = lambda *t, name=implementation.name: case.call(*t, impl=name)
+    return runs
+
+
+def leaves(tensors: list[Tensor]) -> list[Tensor]:
+    return [t.detach().requires_grad_(t.is_floating_point()) for t in tensors]
+
+
+def evaluate(case: Case, run: Run, tensors: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+    """Outputs, then gradients of the floating inputs."""
+    inputs = leaves(tensors)
+    outputs = run(*inputs)
+    wanted = [t for t in inputs if t.requires_grad]
+    return [*outputs, *torch.autograd.grad(case.differentiable(outputs), wanted, gradients)]
+
+
+def wrong(case: Case, run: Run, tensors: list[Tensor], gradients: list[Tensor], slack: float) -> str:
+    """What strays from float64 further than the project allows, or ""."""
+    exact = evaluate(case, case.plain, [t.double() for t in tensors], [g.double() for g in gradients])
+    plain = evaluate(case, case.plain, tensors, gradients)
+    actual = evaluate(case, run, tensors, gradients)
+    outputs = len(DIFFERENTIABLE[case.op])
+    for i, (a, p, e) in enumerate(zip(actual, plain, exact, strict=True)):
+        bound = slack * error_bound(p, e, FORWARD_FACTOR if i < outputs else GRADIENT_FACTOR)
+        error = largest_error(a, e)
+        if error > bound and a.dtype != torch.float64:
+            return f"result {i} errs by {error:.3g}, {bound:.3g} is allowed"
+    return ""
+
+
+def one_turn(case: Case, run: Run, tensors: list[Tensor], gradients: list[Tensor], device: str) -> dict[str, float]:
+    """Seconds of one forward without gradients, one forward and backward, and the backward within it."""
+    inputs = leaves(tensors)
+    wanted = [t for t in inputs if t.requires_grad]
+    start = time.perf_counter()
+    with torch.no_grad():
+        run(*tensors)
+    synchronise(device)
+    forward = time.perf_counter()
+    outputs = case.differentiable(run(*inputs))
+    synchronise(device)
+    middle = time.perf_counter()
+    torch.autograd.grad(outputs, wanted, gradients)
+    synchronise(device)
+    end = time.perf_counter()
+    return {"forward": forward - start, "backward": end - middle, "full": end - forward}
+
+
+def take_turns(case: Case, runs: dict[str, Run], tensors, gradients, device: str, seconds: float) -> dict:
+    """Least time of each phase and contender, all in turns for `seconds` (at least five turns)."""
+    best = {phase: dict.fromkeys(runs, float("inf")) for phase in PHASES}
+    for run in runs.values():
+        one_turn(case, run, tensors, gradients, device)
+    turns, begin = 0, time.perf_counter()
+    while turns < 5 or time.perf_counter() - begin < seconds:
+        turns += 1
+        for name, run in runs.items():
+            for phase, duration in one_turn(case, run, tensors, gradients, device).items():
+                best[phase][name] = min(best[phase][name], duration)
+    return best
+
+
+def floors(case: Case, tensors: list[Tensor], peak: float) -> dict[str, float]:
+    """Seconds below which this machine cannot do each phase: products at `peak`, or a copy of the bytes in and out."""
+    outputs = case.plain(*tensors)
+    inward, outward = (sum(t.nbytes for t in group) for group in (tensors, outputs))
+    differentiable = sum(t.nbytes for t in case.differentiable(outputs))
+    moved = {"forward": inward + outward, "backward": 2 * inward + differentiable}
+    moved["full"] = moved["forward"] + moved["backward"]
+    flops = dict.fromkeys(PHASES, 0)
+    if case.op == "emotion_attention":
+        s = case.sizes
+        pair = 2 * s["B"] * s["K"] * s["N"] * s["d"] * (s["W"] + s["N"])  # one product with words, one with frames
+        flops = {"forward": 2 * pair, "backward": 4 * pair, "full": 6 * pair}
+    device = str(tensors[0].device)
+    result = {}
+    for phase in PHASES:
+        source = torch.ones(max(1, moved[phase] // 2), dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        copy = best_seconds(lambda s=source, t=target: t.copy_(s), device, budget=0.1)
+        result[phase] = max(copy, flops[phase] / peak)
+    return result
+
+
+def measure(case: Case, dtype: torch.dtype, arguments: argparse.Namespace, peak: float) -> dict:
+    """Check, then time every contender of one case."""
+    tensors = [t.to(arguments.device) for t in case.inputs(dtype)]
+    gradients = [torch.randn_like(o) for o in case.differentiable(case.plain(*tensors))]
+    record = {"op": case.op, "batch": case.sizes["B"], "dtype": dtype_name(dtype), "failed": {}}
+    sound: dict[str, Run] = {}
+    for name, run in contenders(case, tensors[0], not arguments.no_compile).items():
+        fault = wrong(case, run, tensors, gradients, RIVAL_SLACK if name in RIVALS else 1)
+        if fault:
+            record["failed"][name] = fault
+        else:
+            sound[name] = run
+    record["floor_s"] = floors(case, tensors, peak)
+    record["seconds"] = take_turns(case, sound, tensors, gradients, arguments.device, arguments.seconds)
+    return record
+
+
+def tables(records: list[dict]) -> list[Table]:
+    """One table a batch size and type."""
+    made = []
+    for batch, dtype in dict.fromkeys((r["batch"], r["dtype"]) for r in records):
+        chosen = [r for r in records if (r["batch"], r["dtype"]) == (batch, dtype)]
+        names = list(dict.fromkeys(name for r in chosen for name in r["seconds"]["full"]))
+        ours = [name for name in names if name not in RIVALS]
+        rows = []
+        for r in chosen:
+            for phase in PHASES:
+                seconds, floor = r["seconds"][phase], r["floor_s"][phase]
+                row = [f"{r['op']} {phase}", *(milliseconds(seconds.get(n)) for n in names), milliseconds(floor)]
+                for name in ours:
+                    known = name in seconds
+                    row += [f"{seconds['eager'] / seconds[name]:.2f}" if known else MISSING]
+                    row += [f"{seconds[name] / floor:.2f}" if known else MISSING]
+                rows.append(row)
+        columns = ["op", *names, "floor", *(x for name in ours for x in (f"eager / {name}", f"{name} / floor"))]
+        notes = [f"{r['op']}: {n} was not timed: {why}" for r in chosen for n, why in r["failed"].items()]
+        made.append(Table(f"B = {batch}, {dtype}, milliseconds", columns, rows, notes))
+    return made
+
+
+def notes(machine: dict) -> list[str]:
+    peaks = ", ".join(f"{n} {p / 1e9:,.0f}" for n, p in machine["ceilings"]["matrix_flops_per_s"].items())
+    return [
+        "The paper's sizes (N=16, K=4, d=300, W=179). Minimum of all turns, contenders in turns; each was checked "
+        "against float64 first.",
+        f"Floor: a copy of the bytes in and out, or matrix products at the measured peak ({peaks} GFLOP/s). The peak is "
+        "that of PyTorch's library; a product that beats it shows below 1.",
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    torch.set_num_threads(arguments.threads)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    dtypes = [DTYPES[name] for name in arguments.dtype]
+    machine = describe(arguments.device, arguments.threads) | {"kernels_isa": dispatch.cpu_isa()}
+    machine["ceilings"] = measure_ceilings(arguments.device, list({torch.float32, *dtypes}))
+    peaks = machine["ceilings"]["matrix_flops_per_s"]
+    todo = [(op, batch, dtype) for op in arguments.op for dtype in dtypes for batch in arguments.batch]
+    records = []
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("ops", total=len(todo))
+        for op, batch, dtype in todo:
+            progress.update(task, description=f"{op} B={batch} {dtype_name(dtype)}")
+            records.append(measure(benchmark_case(op, batch), dtype, arguments, peaks[dtype_name(dtype)]))
+            progress.advance(task)
+    shown, said = tables(records), notes(machine)
+    for table in shown:
+        console.print(table.rich())
+    for note in (*said, *(note for table in shown for note in table.notes)):
+        console.print(f"- {note}", markup=False, highlight=False)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    head = [f"Date: {machine['date']}"]
+    head += [f"Device: {machine['device_name']}, {machine['threads']} threads, kernels: {machine['kernels_isa']}"]
+    head += ["Versions: " + ", ".join(f"{name} {version}" for name, version in machine["versions"].items()), *said]
+    page = ["# The fused ops, measured", "", *(f"- {line}" for line in head), "", *(t.markdown() for t in shown)]
+    report = {"machine": machine, "records": records}
+    (arguments.out / "ops.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (arguments.out / "ops.md").write_text("\n".join(page), encoding="utf-8")
+    console.print(f"Written: {arguments.out / 'ops.json'}, {arguments.out / 'ops.md'}", highlight=False)
+    return 1 if any(r["failed"] for r in records) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
