@@ -105,9 +105,11 @@ void softmax(T* row, int64_t n) {
 // grad becomes p (grad - <p, grad>).
 template <class T>
 void softmax_backward(const T* p, T* grad, int64_t n) {
-  Vec<T> dot{};
-  for_row<T>(n, [&](int64_t i, auto part) { dot += part.get(p + i, 0) * part.get(grad + i, 0); });
-  const T mean = sum_lanes<T>(dot);
+  RowSum<T> dot;
+  for_row_sums<T>(n, [&](int64_t i, auto part, int chain) {
+    dot.chain[chain] += part.get(p + i, 0) * part.get(grad + i, 0);
+  });
+  const T mean = dot.total();
   for_row<T>(n, [&](int64_t i, auto part) {
     part.put(part.get(p + i, 0) * (part.get(grad + i, 0) - mean), grad + i);
   });

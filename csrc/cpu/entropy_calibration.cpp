@@ -18,16 +18,16 @@ Entropy<T> entropy(const S* x, int64_t D, T* e) {
   Vec<T> best = splat(-T(INFINITY));
   for_row<T>(D, [&](int64_t i, auto part) { best = max_vec<T>(best, part.get(x + i, -T(INFINITY))); });
   const T max = max_lanes<T>(best);
-  Vec<T> total{}, moment{};
-  for_row<T>(D, [&](int64_t i, auto part) {
+  RowSum<T> total, moment;
+  for_row_sums<T>(D, [&](int64_t i, auto part, int chain) {
     Vec<T> shifted = part.get(x + i, -T(INFINITY)) - max;
     Vec<T> p = exp_nonpositive<T>(shifted);
     part.put(p, e + i);
-    total += p;
-    moment += shifted < ExpOf<T>::kLowest ? Vec<T>{} : p * shifted;  // 0 log 0 = 0, also for the padding's -inf
+    total.chain[chain] += p;
+    moment.chain[chain] += shifted < ExpOf<T>::kLowest ? Vec<T>{} : p * shifted;  // 0 log 0 = 0, also for the padding's -inf
   });
-  const T sum = sum_lanes<T>(total), log_total = std::log(sum);
-  return {max, log_total, log_total - sum_lanes<T>(moment) / sum};  // (11): logsumexp(T) - sum p T
+  const T sum = total.total(), log_total = std::log(sum);
+  return {max, log_total, log_total - moment.total() / sum};  // (11): logsumexp(T) - sum p T
 }
 
 template <class T>
@@ -151,9 +151,11 @@ void backward(const EntropyArgs& args, int64_t begin, int64_t end, void* scratch
       T alpha[3], r[3];
       for (int c = 0; c < 3; ++c) {
         if (args.self_refine) of[c] = entropy(x + c * D, D, e + c * D);
-        Vec<T> dot{};
-        for_row<T>(D, [&](int64_t i, auto part) { dot += part.get(x + c * D + i, 0) * part.get(grad + c * D + i, 0); });
-        r[c] = sum_lanes<T>(dot);
+        RowSum<T> dot;
+        for_row_sums<T>(D, [&](int64_t i, auto part, int chain) {
+          dot.chain[chain] += part.get(x + c * D + i, 0) * part.get(grad + c * D + i, 0);
+        });
+        r[c] = dot.total();
       }
       component_weights(of, args.self_refine, alpha);
       grad_theta[k] = alpha[0] * r[0] + alpha[1] * r[1] + alpha[2] * r[2];

@@ -69,14 +69,32 @@ __attribute__((noinline)) void panel(int64_t M, int64_t depth, Broadcast<T> a, R
   }
 }
 
-// width: columns of C to compute, rounded up here to whole vectors.
 template <class T, bool kAdd>
-void multiply(int64_t M, int64_t width, int64_t depth, Broadcast<T> a, Rows<T> b, T* c, int64_t c_stride) {
+void multiply_block(int64_t M, int64_t width, int64_t depth, Broadcast<T> a, Rows<T> b, T* c, int64_t c_stride) {
   constexpr int64_t kPanel = kTileVectors * kLanes<T>;
   int64_t n = 0;
   for (; n + kPanel - kLanes<T> < width; n += kPanel)
     panel<T, kTileVectors, kAdd>(M, depth, a, {b.data + n, b.stride}, c + n, c_stride);
   if (n < width) panel<T, 1, kAdd>(M, depth, a, {b.data + n, b.stride}, c + n, c_stride);
+}
+
+// width: columns of C to compute, rounded up here to whole vectors. Long sums are split evenly: chains of at most
+// kDepth terms round fewer times, and a block of B stays in L1.
+template <class T, bool kAdd>
+void multiply(int64_t M, int64_t width, int64_t depth, Broadcast<T> a, Rows<T> b, T* c, int64_t c_stride) {
+  constexpr int64_t kDepth = 96;
+  const int64_t blocks = (depth + kDepth - 1) / kDepth;
+  int64_t begin = 0;
+  for (int64_t i = 0; i < blocks; ++i) {
+    const int64_t end = depth * (i + 1) / blocks;
+    const Broadcast<T> a_block{a.data + begin * a.column, a.row, a.column};
+    const Rows<T> b_block{b.data + begin * b.stride, b.stride};
+    if (kAdd || i > 0)
+      multiply_block<T, true>(M, width, end - begin, a_block, b_block, c, c_stride);
+    else
+      multiply_block<T, false>(M, width, end - begin, a_block, b_block, c, c_stride);
+    begin = end;
+  }
 }
 
 }  // namespace

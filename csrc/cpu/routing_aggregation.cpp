@@ -78,13 +78,13 @@ void backward(const RoutingArgs& args, int64_t begin, int64_t end, void* scratch
       const S* grad_pooled = static_cast<const S*>(args.grad_pooled) + (b * 2 + of) * d;
       for (int64_t k = 0; k < K; ++k) {
         const int64_t row = ((b * K + k) * N + n) * d;
-        Vec<T> dot{};
-        for_row<T>(d, [&](int64_t i, auto part) {
+        RowSum<T> dot;
+        for_row_sums<T>(d, [&](int64_t i, auto part, int chain) {
           Vec<T> g = part.get(grad_routed + i, 0);
-          dot += g * part.get(x + row + i, 0);
+          dot.chain[chain] += g * part.get(x + row + i, 0);
           part.put(weights[k] * g + part.get(grad_pooled + i, 0) * (1 / T(K * N)), grad_x + row + i);
         });
-        grad_weights[k] += sum_lanes<T>(dot);
+        grad_weights[k] += dot.total();
       }
     }
     T mean = 0;

@@ -127,7 +127,7 @@ EVC_INLINE void store_part(Vec<Acc<S>> x, S* p, int64_t n) {
   for (int64_t i = 0; i < n; ++i) narrow(lanes[i], p + i);
 }
 
-// body(offset, load, store): one call a vector of a row of n elements; the last call may hold fewer than kLanes.
+// Where a row's body reads and writes: a whole vector, or the n elements that are left.
 struct Whole {
   template <class S>
   EVC_INLINE Vec<Acc<S>> get(const S* p, Acc<S>) const { return load(p); }
@@ -141,11 +141,32 @@ struct Part {
   template <class S>
   EVC_INLINE void put(Vec<Acc<S>> x, S* p) const { store_part(x, p, n); }
 };
+
+// body(offset, part): one call a vector of a row of n elements.
 template <class T, class Body>
 EVC_INLINE void for_row(int64_t n, const Body& body) {
   int64_t i = 0;
   for (; i + kLanes<T> <= n; i += kLanes<T>) body(i, Whole{});
   if (i < n) body(i, Part{n - i});
+}
+
+// A sum along a row in kSums chains: they overlap in the pipeline, and each rounds fewer times than one chain would.
+constexpr int kSums = 4;
+template <class T>
+struct RowSum {
+  Vec<T> chain[kSums] = {};
+  EVC_INLINE T total() const;
+};
+
+// body(offset, part, chain): as for_row, and which chain of a RowSum to add to.
+template <class T, class Body>
+EVC_INLINE void for_row_sums(int64_t n, const Body& body) {
+  int64_t i = 0;
+  for (; i + kSums * kLanes<T> <= n; i += kSums * kLanes<T>)
+#pragma GCC unroll 4
+    for (int chain = 0; chain < kSums; ++chain) body(i + chain * kLanes<T>, Whole{}, chain);
+  for (; i + kLanes<T> <= n; i += kLanes<T>) body(i, Whole{}, 0);
+  if (i < n) body(i, Part{n - i}, 1);
 }
 
 // ---- reductions, in a fixed order of lanes ----
@@ -157,6 +178,11 @@ EVC_INLINE T sum_lanes(Vec<T> x) {
   for (int64_t width = kLanes<T> / 2; width > 0; width /= 2)
     for (int64_t i = 0; i < width; ++i) lanes[i] += lanes[i + width];
   return lanes[0];
+}
+template <class T>
+EVC_INLINE T RowSum<T>::total() const {
+  static_assert(kSums == 4);
+  return sum_lanes<T>((chain[0] + chain[1]) + (chain[2] + chain[3]));
 }
 template <class T>
 EVC_INLINE T max_lanes(Vec<T> x) {
