@@ -70,7 +70,7 @@ class Retrieved(NamedTuple):
 
 
 def distinct_parts(triplets: Sequence[Triplet]) -> tuple[list[str], torch.Tensor]:
-    """The m distinct parts of n triplets, in order of first appearance, and each triplet's places there, int32 [n, 3]."""
+    """The m distinct parts of n triplets, by first appearance, and int32 [n, 3], where each triplet's parts stand."""
     places: dict[str, int] = {}
     rows = [[places.setdefault(part, len(places)) for part in triplet] for triplet in triplets]
     return list(places), torch.tensor(rows, dtype=torch.int32).view(-1, 3)
@@ -92,8 +92,9 @@ class CaptionRepository:
         self.random_weights = stored.random_weights
         self.width = stored.text_features.shape[1]
         self._parts = stored.parts
-        self._part_indices = stored.part_indices  # int32 [n, 3] into the m distinct parts
-        self._part_features = stored.part_features  # float32 [m, D_t]: a few thousand words serve 28,860 captions
+        # Copies, so that nothing holds on to a mapped file, whose text features FAISS copies too.
+        self._part_indices = stored.part_indices.clone()  # int32 [n, 3] into the m distinct parts
+        self._part_features = stored.part_features.clone()  # float32 [m, D_t]: few thousand words for 28,860 captions
         self._groups = torch.unique(stored.part_indices, dim=0, return_inverse=True)[1]  # int64 [n]
         self._video_counts = Counter(video for video in stored.video_ids if video is not None)
         numbers = {video: number for number, video in enumerate(self._video_counts)}
@@ -309,7 +310,7 @@ class CaptionRepository:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], encoder_fingerprint: str | None = None) -> CaptionRepository:
-        """Reads what `save` wrote. The part features are mapped from the file; the text features are copied into FAISS.
+        """Reads what `save` wrote. The file is mapped, and its text features are copied once, straight into FAISS.
 
         encoder_fingerprint: of the towers that will be used; EncoderMismatch where the repository has another.
         Raises FileNotFoundError where there is no folder, CorruptRepository where its files do not make a repository.
