@@ -42,7 +42,7 @@ class RowSpec:
     device: str
     dtype: str
     threads: int
-    batch: int
+    batch: int | None
     quick: bool
     video: str | None
     repeats: int | None

@@ -150,9 +150,6 @@ def _measured_cells(row: dict) -> list[str]:
     if row["status"] != "measured":
         return [name, decoder, *[MISSING] * 5, STATUS_WORDS[row["status"]], *[MISSING] * 2]
     throughput, memory, time = row["throughput"], row["memory"], row["time"]
-    speed = MISSING
-    if throughput["captions_per_s"] is not None:
-        speed = f"{throughput['captions_per_s']:.3g} at {throughput['batch']}"
     peak = megabytes(memory["resident_bytes"])
     if "gpu_bytes" in memory:
         peak = f"{megabytes(memory['gpu_bytes'])} GPU, {peak} host"
@@ -166,7 +163,7 @@ def _measured_cells(row: dict) -> list[str]:
         operations(row["flops"]["whole_caption"]),
         f"{milliseconds(time['median_s'])} ({milliseconds(time['p95_s'])})",
         peak,
-        speed,
+        f"{throughput['captions_per_s']:.3g} at {throughput['batch']}",
     ]
 
 
@@ -209,12 +206,16 @@ def _same_ids(measured: list[dict]) -> list[str]:
     by_decoder: dict[str, list[dict]] = {}
     for row in measured:
         by_decoder.setdefault(row["decoder"], []).append(row)
-    return [
-        f"{decoder}: the rows wrote {'the same' if len({tuple(row['ids']) for row in rows}) == 1 else 'different'} "
-        "15 tokens."
-        for decoder, rows in by_decoder.items()
-        if len(rows) > 1
-    ]
+    notes = []
+    for decoder, rows in by_decoder.items():
+        if len(rows) > 1 and len({tuple(row["ids"]) for row in rows}) == 1:
+            notes.append(f"{decoder}: both rows wrote the same 15 tokens.")
+        elif len(rows) > 1:
+            notes.append(
+                f"{decoder}: the rows wrote different tokens: random weights leave near-ties between beams, and the "
+                "rounding of the encoder's tokens to the LLM's dtype decides them."
+            )
+    return notes
 
 
 def stage_table(row: dict) -> Table:
@@ -245,6 +246,8 @@ def stage_table(row: dict) -> Table:
         f"{milliseconds(row['time']['median_s'])} ms a caption. Share: all runs of the stage together.",
         "Decode steps, ms, median of each: " + ", ".join(milliseconds(times[len(times) // 2]) for times in steps) + ".",
     ]
+    if row["decoder"] == "flan-t5-xl":
+        notes.append("The first decode step also makes cross-attention's keys and values of the prefix, once a beam.")
     if row["decoder"] == "opt-2.7b":
         notes.append("OPT has no encoder: its first pass, over [tokens ; prompt], stands there; it gives one token.")
     return Table(f"Stages: {row['method']}, {row['decoder']}", columns, rows, notes)
@@ -261,6 +264,7 @@ def floor_notes(machine: dict) -> list[str]:
         f"and written), matrix peak in GFLOP/s: {peaks}.",
         "Bytes: a lower bound. Weights, inputs, outputs and cached keys and values once each; nothing that a stage "
         "writes and reads again inside itself. Weights that stay in the caches between two captions can beat it.",
+        "FLOPs: as executed.",
     ]
     slow = [name for name, rate in library.items() if rate < ceilings["matrix_flops_per_s"][name]]
     notes.extend(

@@ -44,7 +44,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the LLM (default: %(default)s)")
     parser.add_argument("--threads", type=positive, default=available_cores(), help="default: all cores, %(default)s")
-    parser.add_argument("--batch", type=positive, default=4, help="videos a batch, for captions/s; default: 4")
+    parser.add_argument("--batch", type=positive, help="videos captioned together; default: 4, or 2 if slow")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, under a minute: a trial, no figures")
     parser.add_argument("--video", type=Path, help="video file to caption; default: a clip that is encoded on the spot")
     parser.add_argument("--repeats", type=positive, help="captions timed a row; default: 3 to 50, as the time allows")

@@ -1,0 +1,486 @@
+"""benchmarks/efficiency.py: a quick run as a user makes it, and its parts: accounting, floors, skipping, rendering."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))  # as Python does for a script there
+
+import _bytes  # noqa: E402
+import _clip  # noqa: E402
+import _figure  # noqa: E402
+import _machine  # noqa: E402
+import _parts  # noqa: E402
+import _published  # noqa: E402
+import _report  # noqa: E402
+import _row  # noqa: E402
+import _stages  # noqa: E402
+import efficiency  # noqa: E402
+
+from evc_fast.model.config import FaceNetConfig  # noqa: E402
+from evc_fast.model.encoder import FaceNetEncoder  # noqa: E402
+
+SPEC = _parts.RowSpec(
+    method="FACE-net, tried",
+    decoder="lstm",
+    impl=None,
+    device="cpu",
+    dtype="float32",
+    threads=2,
+    batch=2,
+    quick=True,
+    video=None,
+    repeats=2,
+    budget=0.1,
+)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return _clip.encode_clip(tmp_path_factory.mktemp("clip") / "clip.mp4", seconds=1, width=96, height=64)
+
+
+@pytest.fixture(scope="module")
+def quick_run(tmp_path_factory):
+    """What `python benchmarks/efficiency.py --quick` leaves behind."""
+    out = tmp_path_factory.mktemp("efficiency")
+    command = [sys.executable, str(BENCHMARKS / "efficiency.py"), "--quick", "--repeats", "3", "--threads", "1"]
+    done = subprocess.run(
+        [*command, "--batch", "2", "--dtype", "fp32", "--out", str(out)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return SimpleNamespace(
+        report=json.loads((out / "efficiency.json").read_text()),
+        markdown=(out / "efficiency.md").read_text(),
+        figure=(out / "efficiency.png").read_bytes(),
+        printed=done.stdout,
+    )
+
+
+def test_a_quick_run_measures_both_rows(quick_run):
+    rows = quick_run.report["rows"]
+    assert [(row["decoder"], row["spec"]["impl"], row["status"]) for row in rows] == [
+        ("flan-t5-xl", "reference", "measured"),
+        ("flan-t5-xl", None, "measured"),
+    ]
+    for row in rows:
+        assert len(row["ids"]) == 15
+        assert row["time"]["captions"] == 3
+        assert row["time"]["min_s"] <= row["time"]["median_s"] <= row["time"]["p95_s"]
+        assert row["throughput"]["batch"] == 2
+        assert row["throughput"]["captions_per_s"] > 0
+        assert row["memory"]["resident_bytes"] > 100e6
+        assert row["check"]["encoder_error"] <= row["check"]["tolerance"]
+        assert row["stand_ins"] == {}
+    assert set(rows[0]["served_by"].values()) == {"reference"}
+
+
+def test_a_quick_run_takes_the_caption_apart(quick_run):
+    for row in quick_run.report["rows"]:
+        stages = row["stages"]
+        assert [stage["stage"] for stage in stages] == list(_stages.STAGES)
+        assert sum(stage["share"] for stage in stages) == pytest.approx(1)
+        assert [stage["runs"] for stage in stages] == [1, 1, 1, 1, 1, 1, 15]
+        for stage in stages:
+            assert stage["bytes"] > 0
+            assert stage["floor_seconds"] > 0
+            assert stage["floor_from"] in ("bytes", "FLOPs")
+        counted = {stage["stage"]: stage["flops"] for stage in stages}
+        assert counted["video decode"] == counted["retrieval"] == 0
+        assert row["flops"]["trained_modules"]["flops"] == counted["encoder"] + counted["Q-former"]
+        assert row["flops"]["whole_caption"]["flops"] == sum(counted.values())
+        for accounted in row["flops"].values():
+            assert accounted["flops"] == 2 * accounted["multiply_adds"]
+        assert [len(steps) for steps in row["step_seconds"]] == [15, 15, 15]
+
+
+def test_both_rows_do_the_same_work(quick_run):
+    reference, ours = quick_run.report["rows"]
+    assert reference["flops"] == ours["flops"]
+    assert reference["parameters"] == ours["parameters"]
+    assert reference["ids"] == ours["ids"]
+    assert [stage["bytes"] for stage in reference["stages"]] == [stage["bytes"] for stage in ours["stages"]]
+
+
+def test_a_quick_run_counts_parameters(quick_run):
+    from evc_fast.model.decoders.llm_random import llm_on_meta
+
+    parameters = quick_run.report["rows"][0]["parameters"]
+    llm = sum(weight.numel() for weight in llm_on_meta("tiny-t5").parameters())
+    adapter = parameters["decoder"] - llm
+    # LoRA of rank 16 on q and v of 2 encoder and 2 x 2 decoder attentions, each [32, 32]
+    assert adapter == 2 * (2 + 2 * 2) * 16 * (32 + 32)
+    assert parameters["trainable"] == parameters["encoder"] + adapter
+    assert parameters["all"] == parameters["encoder"] + parameters["decoder"] + parameters["clip"]
+
+
+def test_a_quick_run_says_what_it_is(quick_run):
+    for text in (quick_run.printed, quick_run.markdown):
+        assert "random weights" in text.lower()
+        assert "quick run: tiny shapes" in text
+        assert "NVIDIA RTX 3090" in text
+        assert "both rows wrote the same 15 tokens" in text
+    for row in _published.TABLE_6:
+        assert f"| {row.method} (published, NVIDIA RTX 3090) |" in quick_run.markdown
+    assert quick_run.figure.startswith(b"\x89PNG")
+    machine = quick_run.report["machine"]
+    assert machine["versions"]["torch"] == torch.__version__
+    assert machine["threads"] >= 1
+    assert machine["date"][:4].isdigit()
+    assert machine["ceilings"]["read_bytes_per_s"] > 0
+
+
+@pytest.mark.parametrize("decoder", ["opt-2.7b", "lstm", "transformer"])
+def test_every_decoder_has_its_row(decoder, clip):
+    fractions = []
+    spec = dataclasses.replace(SPEC, decoder=decoder, video=str(clip))
+    row = _row.run_row(spec, lambda phase, fraction: fractions.append(fraction))
+    assert row["status"] == "measured"
+    assert len(row["ids"]) == 15
+    assert fractions == sorted(fractions)
+    assert fractions[-1] == 1
+    stages = {stage["stage"]: stage for stage in row["stages"]}
+    assert (_stages.PREFIX in stages) == (decoder == "opt-2.7b")
+    assert stages[_stages.STEP]["runs"] == (14 if decoder == "opt-2.7b" else 15)
+    assert len(row["step_seconds"][0]) == stages[_stages.STEP]["runs"]
+    assert sum(stage["share"] for stage in stages.values()) == pytest.approx(1)
+    trained = sum(stages[name]["flops"] for name in ("encoder", "Q-former"))
+    if decoder != "opt-2.7b":
+        trained += stages[_stages.STEP]["flops"]  # a small decoder is trained whole
+    assert row["flops"]["trained_modules"]["flops"] == trained
+
+
+def test_the_counter_sees_the_same_in_fused_and_reference_ops():
+    encoder = FaceNetEncoder(FaceNetConfig()).eval().requires_grad_(False)
+    counts = {}
+    for impl in ("reference", None):
+        with _stages.flop_counter() as counter:
+            encoder(torch.randn(1, 16, 512), torch.randn(1, 4, 3, 512), torch.rand(1, 4), impl=impl)
+        counts[impl] = counter.get_total_flops()
+    assert counts["reference"] == counts[None]
+    assert 0.35e9 < counts[None] < 0.45e9  # about 0.4 GFLOP, straight
+
+
+def test_attention_on_a_cpu_is_counted():
+    query, key = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8)
+    with torch.inference_mode(), _stages.flop_counter() as counter:
+        torch.nn.functional.scaled_dot_product_attention(query, key, key)
+    assert counter.get_total_flops() == 2 * 2 * 3 * 5 * 7 * (8 + 8)
+
+
+def test_bytes_of_a_t5_xl_caption():
+    """1,424.9 M weights a step and 45.5 GB a caption in bfloat16, of which keys and values are a small part."""
+    from evc_fast.model.decoders.llm_random import llm_on_meta
+
+    decoder = SimpleNamespace(family="t5", base=llm_on_meta("flan-t5-xl").bfloat16(), dtype=torch.bfloat16)
+    model = SimpleNamespace(decoder=decoder)
+    weights = _bytes._decoder(model, prefix=0, num_beams=0, new_tokens=2)[_stages.STEP]
+    weights_of_one = weights - _bytes._decoder(model, prefix=0, num_beams=0, new_tokens=1)[_stages.STEP]
+    assert weights_of_one / 2 == pytest.approx(1424.9e6, rel=1e-4)
+    caption = _bytes._decoder(model, prefix=44, num_beams=5, new_tokens=15)
+    assert sum(caption.values()) == pytest.approx(45.5e9, rel=0.02)
+
+
+def test_steps_are_told_apart():
+    border = SimpleNamespace(begun=[3.0, 5.0, 8.0], done=[4.0, 7.0, 9.0])
+    t5, opt = (SimpleNamespace(decoder=SimpleNamespace(base=None, family=family)) for family in ("t5", "opt"))
+    small = SimpleNamespace(decoder=SimpleNamespace())
+    prefix, step = _stages.PREFIX, _stages.STEP
+    assert _stages.split_steps(t5, 1.0, border, 10.0) == [(prefix, 2.0), (step, 2.0), (step, 3.0), (step, 2.0)]
+    assert _stages.split_steps(opt, 1.0, border, 10.0) == [(prefix, 4.0), (step, 3.0), (step, 2.0)]
+    assert _stages.split_steps(small, 1.0, border, 10.0) == [(step, 3.0), (step, 3.0), (step, 3.0)]
+
+
+def test_a_row_that_lacks_memory_is_skipped(monkeypatch):
+    monkeypatch.setattr(_parts, "available_memory", lambda device: 2_000_000_000)
+    spec = dataclasses.replace(SPEC, decoder="flan-t5-xl", dtype="bfloat16", quick=False)
+    row = _row.run_row(spec, lambda *_: None)
+    assert row["status"] == "skipped"
+    assert row["reason"] == "needs about 7.7 GB of memory, 2.0 GB is free"
+
+
+def test_a_row_without_its_device_is_skipped(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    row = _row.run_row(dataclasses.replace(SPEC, device="cuda"), lambda *_: None)
+    assert row["status"] == "skipped"
+    assert row["reason"] == "no device cuda: this PyTorch sees no GPU"
+
+
+def without(*absent):
+    """`missing_package` where these are not installed."""
+    return lambda *names: next((name for name in names if name in absent), None)
+
+
+def test_an_llm_without_transformers_is_skipped(monkeypatch):
+    monkeypatch.setattr(_parts, "missing_package", without("transformers", "peft"))
+    row = _row.run_row(dataclasses.replace(SPEC, decoder="flan-t5-xl"), lambda *_: None)
+    assert (row["status"], row["reason"]) == ("skipped", "needs transformers")
+
+
+def test_stages_whose_part_is_missing_are_named_and_the_rest_is_measured(monkeypatch):
+    monkeypatch.setattr(_parts, "missing_package", without("transformers", "faiss"))
+    row = _row.run_row(SPEC, lambda *_: None)  # and no video, as where PyAV is missing
+    assert row["status"] == "measured"
+    assert row["stand_ins"] == {
+        "image tower": "needs transformers",
+        "retrieval": "needs faiss",
+        "video decode": "needs av",
+    }
+    stages = {stage["stage"]: stage for stage in row["stages"]}
+    for name, needs in row["stand_ins"].items():
+        assert stages[name] == {"stage": name, "not_measured": needs}
+    measured = [stage for stage in stages.values() if "seconds" in stage]
+    assert [stage["stage"] for stage in measured] == ["encoder", "Q-former", "decode step"]
+    assert sum(stage["share"] for stage in measured) == pytest.approx(1)
+    page = _report.markdown(report_of([row]))
+    assert "| retrieval | not measured: needs faiss |" in page
+    assert "video decode not measured, needs av; random data stands in" in page
+
+
+def test_a_wrong_result_is_not_timed(monkeypatch, clip):
+    def wrong(self, features, retrieved, *, explain=False):
+        encoded = right(self, features, retrieved, explain=explain)
+        return encoded._replace(tokens=encoded.tokens * (1.001 if self.impl is None else 1))
+
+    right = _stages.ProbedPipeline.encode
+    monkeypatch.setattr(_stages.ProbedPipeline, "encode", wrong)
+    with pytest.raises(_row.CheckFailed, match=r"our ops change the tokens by 1\.00e-03"):
+        _row.run_row(dataclasses.replace(SPEC, video=str(clip)), lambda *_: None)
+
+
+@pytest.mark.parametrize("ids", [[5] * 14, [5] * 16, [5] * 14 + [2]])
+def test_another_number_of_tokens_is_not_timed(ids):
+    captioner = SimpleNamespace(pipeline=SimpleNamespace(model=SimpleNamespace(decoder=SimpleNamespace(eos_id=2))))
+    with pytest.raises(_row.CheckFailed, match="exactly 15 new tokens"):
+        _row.check_ids(torch.tensor(ids), captioner)
+    _row.check_ids(torch.tensor([5] * 15), captioner)
+
+
+def test_a_row_that_fails_is_reported():
+    seen = []
+    task = {"row": dataclasses.asdict(dataclasses.replace(SPEC, dtype="float7"))}
+    record, good = efficiency.run_task(task, 1, lambda *event: seen.append(event))
+    assert not good
+    assert record["status"] == "failed"
+    assert "float7" in record["reason"]
+    assert "Traceback" in record["stderr"]
+    assert seen == [("building", 0.0)]
+
+
+def test_a_process_that_dies_is_reported():
+    assert "killed (signal 9)" in efficiency.crash_reason(-9, "")
+    assert efficiency.crash_reason(3, "a\nlast words") == "the row's process ended with exit code 3; last words"
+    record, good = efficiency.run_task({"neither": {}}, 1, lambda *_: None)
+    assert not good
+    assert "KeyError" in record["reason"]
+
+
+def test_a_failed_row_sets_the_exit_code(monkeypatch, tmp_path, capsys):
+    def run_task(task, threads, on_progress):
+        if "machine" in task:
+            return {"status": "skipped", "reason": "not tried"}, True
+        return {"status": "failed", "reason": "it broke", "stderr": ""}, False
+
+    monkeypatch.setattr(efficiency, "run_task", run_task)
+    assert efficiency.main(["--quick", "--decoder", "lstm,transformer", "--out", str(tmp_path)]) == 1
+    printed = capsys.readouterr().out
+    assert "failed: it broke" in printed
+    page = (tmp_path / "efficiency.md").read_text()
+    assert "FACE-net, reference ops, own beam search | lstm, tiny |" in page
+    assert "Machine: not measured: not tried" in page
+
+
+def report_of(rows):
+    machine = {
+        "device": "cpu",
+        "device_name": "a processor",
+        "cores": 2,
+        "threads": 2,
+        "memory_bytes": None,
+        "system": "Linux",
+        "isa": "AVX2",
+        "kernels_isa": "avx2",
+        "versions": {"torch": "2"},
+        "ceilings": {
+            "read_bytes_per_s": 10e9,
+            "copy_bytes_per_s": 12e9,
+            "matrix_flops_per_s": {"float32": 100e9, "bfloat16": 100e9},
+            "matrix_flops_per_s_library": {"float32": 100e9, "bfloat16": 5e9},
+        },
+    }
+    report = {
+        "date": "2026-01-02T03:04:05",
+        "quick": False,
+        "arguments": {"device": "cpu", "dtype": "bfloat16"},
+        "video": {"description": "a file"},
+        "machine": machine,
+        "rows": rows,
+    }
+    _report.add_floors(report)
+    return report
+
+
+def test_the_floor_is_the_higher_of_two():
+    ceilings = report_of([])["machine"]["ceilings"]
+    stage = {"bytes": 10_000_000, "flops": 50_000_000, "dtype": "float32"}
+    assert _report.floor_seconds(stage, ceilings) == (pytest.approx(1e-3), "bytes")
+    stage["flops"] = 200_000_000
+    assert _report.floor_seconds(stage, ceilings) == (pytest.approx(2e-3), "FLOPs")
+    assert _report.floor_seconds({"bytes": None, "flops": 1, "dtype": "float32"}, ceilings) == (None, "")
+
+
+def measured_row(**changes):
+    stage = {"runs": 1, "seconds": 0.5, "min_seconds": 0.4, "share": 0.25, "flops": 10**9, "bytes": 10**8}
+    row = {
+        "method": "FACE-net, ours",
+        "decoder": "flan-t5-xl",
+        "spec": {"quick": False, "impl": None},
+        "status": "measured",
+        "ids": list(range(15)),
+        "parameters": {"trainable": 13_590_000, "all": 3_010_000_000},
+        "flops": {
+            "trained_modules": {"multiply_adds": 194_700_000, "flops": 389_400_000},
+            "whole_caption": {"multiply_adds": 273 * 10**9, "flops": 546 * 10**9},
+        },
+        "time": {"median_s": 2.1, "p95_s": 2.5, "min_s": 2.0, "captions": 3},
+        "memory": {"resident_bytes": 7_053_000_000},
+        "throughput": {"batch": 2, "captions_per_s": 0.4567},
+        "served_by": {"emotion_attention": "cpp"},
+        "check": {"encoder_error": 2e-7},
+        "stand_ins": {},
+        "stages": [
+            {"stage": "encoder", "dtype": "float32", **stage},
+            {"stage": "decode step", "dtype": "bfloat16", **stage, "runs": 15, "seconds": 1.5, "share": 0.75},
+        ],
+        "step_seconds": [[0.1] * 15] * 3,
+    }
+    return row | changes
+
+
+def test_the_tables_as_markdown():
+    skipped = {
+        "method": "FACE-net, ours",
+        "decoder": "opt-2.7b",
+        "spec": {"quick": False, "impl": None},
+        "status": "skipped",
+        "reason": "needs about 7 GB of memory, 2 GB is free",
+    }
+    page = _report.markdown(report_of([measured_row(), skipped]))
+    lines = page.splitlines()
+    assert (
+        "| FACE-net, ours | flan-t5-xl | - | 13.6 M | 3.01 G | 195 M / 389 M | 273 G / 546 G | 2,100 (2,500) | 7,053 "
+        "| 0.457 at 2 |"
+    ) in lines
+    assert "| FACE-net, ours | opt-2.7b | - | - | - | - | - | not measured | - | - |" in lines
+    assert "- FACE-net, ours, opt-2.7b: not measured: needs about 7 GB of memory, 2 GB is free" in lines
+    assert "| encoder | 500 | 25.0% | 1 G | 100 MB | 10 | 50.0x | bytes, float32 |" in lines
+    assert "| decode step (one of 15) | 100 | 75.0% | 66.7 M | 6.67 MB | 0.667 | 150.0x | bytes, bfloat16 |" in lines
+    assert any(line.startswith("- PyTorch's own bfloat16 products reach 5.0 GFLOP/s here") for line in lines)
+    widths = {line.count("|") for line in lines if line.startswith("|")}
+    assert widths == {11, 9}  # ten columns, eight columns
+
+
+def test_rows_that_wrote_other_words_say_so():
+    other = measured_row(ids=list(range(1, 16)), spec={"quick": False, "impl": "reference"})
+    assert "the rows wrote different tokens" in _report.markdown(report_of([measured_row(), other]))
+    assert "both rows wrote the same 15 tokens" in _report.markdown(report_of([measured_row(), measured_row()]))
+
+
+def test_the_figure_is_drawn_with_and_without_measured_rows(tmp_path):
+    for name, rows in (("some", [measured_row()]), ("none", [])):
+        path = _figure.draw(report_of(rows), tmp_path / f"{name}.png")
+        assert path.read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "some.png").stat().st_size != (tmp_path / "none.png").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, "-"), (3.014e9, "3.01 G"), (13.59e6, "13.6 M"), (1500, "1.5 k"), (12, "12")]
+)
+def test_counts_are_short(value, text):
+    assert _report.count(value) == text
+
+
+def test_published_rows_are_those_of_the_paper():
+    assert [(row.method, row.milliseconds, row.megabytes) for row in _published.TABLE_6] == [
+        ("EPAN", 198.6, 5602),
+        ("DCGN", 247.8, 6201),
+        ("VideoBLIP", 3610.0, 15852),
+        ("MM-ECPE", 4076.8, 18742),
+        ("FACE-net", 4252.6, 21064),
+    ]
+    assert _published.TABLE_6[-1].trainable_parameters == 63.9e6
+    assert _published.TABLE_6[-1].multiply_adds == 3.98e9
+
+
+def test_arguments():
+    arguments = efficiency.parse_arguments([])
+    assert arguments.decoders == ["flan-t5-xl"]
+    assert (arguments.device, arguments.dtype) == ("cpu", "bf16")
+    assert arguments.out == BENCHMARKS / "results" / "local"
+    assert efficiency.parse_arguments(["--decoder", "all"]).decoders == list(efficiency.DECODERS)
+    arguments = efficiency.parse_arguments(["--decoder", "lstm,opt-2.7b"])
+    specs = [_parts.RowSpec(**spec) for spec in efficiency.row_specs(arguments, None)]
+    assert [(spec.decoder, spec.impl) for spec in specs] == [
+        ("lstm", "reference"),
+        ("lstm", None),
+        ("opt-2.7b", "reference"),
+        ("opt-2.7b", None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--decoder", "gpt,lstm"], "argument --decoder: gpt is not among"),
+        (["--video", "absent.mp4"], "argument --video: there is no file absent.mp4"),
+        (["--threads", "0"], "must be a positive integer, got '0'"),
+        (["--dtype", "int8"], "invalid choice: 'int8'"),
+    ],
+)
+def test_bad_arguments_are_named(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        efficiency.parse_arguments(argv)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_machine_is_measured_on_a_small_scale():
+    ceilings = _machine.measure_ceilings("cpu", [torch.float32, torch.bfloat16], quick=True)
+    assert ceilings["read_bytes_per_s"] > 1e8
+    assert ceilings["copy_bytes_per_s"] > 1e8
+    peaks = ceilings["matrix_flops_per_s"]
+    assert peaks["bfloat16"] >= peaks["float32"] == ceilings["matrix_flops_per_s_library"]["float32"]
+    described = _machine.describe("cpu", 2)
+    assert described["versions"]["torch"] == torch.__version__
+    assert described["cores"] == os.cpu_count()
+
+
+def test_peak_memory_grows_with_what_is_held():
+    before = _machine.peak_resident_bytes()
+    held = torch.ones(max(before, 200_000_000) // 4)
+    assert _machine.peak_resident_bytes() >= held.numel() * 4
+    assert _machine.available_memory("cpu") > 0
+
+
+def test_the_clip_moves(clip):
+    from evc_fast.data.video import read_frames
+
+    video = read_frames(clip, 4)
+    assert video.num_decoded == 25
+    assert video.frames.shape == (4, 64, 96, 3)
+    for first, second in zip(video.frames[:-1], video.frames[1:], strict=True):
+        assert (first.int() - second.int()).abs().float().mean() > 2
