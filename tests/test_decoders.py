@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -460,3 +462,17 @@ def test_default_sizes_are_the_papers():
     assert lstm.cell.hidden_size == 512 and lstm.embedding.embedding_dim == 300
     layers = transformer.layers
     assert len(layers) == 3 and layers[0].num_heads == 4 and layers[0].ffn_in.out_features == 1200
+
+
+def test_torchvision_is_made_importable_before_transformers_meets_it():
+    """Beside a CPU torch, what `[clip]` installs breaks the import of transformers' models unless it is mended first."""
+    code = (
+        "import sys\n"
+        "from evc_fast.data import torchvision_ops\n"
+        "early = []\n"
+        "torchvision_ops.make_torchvision_importable = lambda: early.append('transformers' not in sys.modules)\n"
+        "import evc_fast.model.decoders.llm\n"
+        "assert early == [True] and 'transformers' in sys.modules, early\n"
+    )
+    result = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

@@ -10,9 +10,16 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import (
+
+from evc_fast.data.torchvision_ops import make_torchvision_importable
+from evc_fast.decoding import check_search_options
+from evc_fast.model.decoders.base import CONFIG_FILE, check_targets, check_tokens, read_config
+from evc_fast.model.decoders.vocabulary import MAX_CAPTION_WORDS, cut_words, pad_sequences
+
+make_torchvision_importable()  # before transformers, which imports it where it is installed
+from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
+from transformers import (  # noqa: E402
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -22,10 +29,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from evc_fast.decoding import check_search_options
-from evc_fast.model.decoders.base import CONFIG_FILE, check_targets, check_tokens, read_config
-from evc_fast.model.decoders.llm_random import random_llm
-from evc_fast.model.decoders.vocabulary import MAX_CAPTION_WORDS, cut_words, pad_sequences
+from evc_fast.model.decoders.llm_random import random_llm  # noqa: E402
 
 __all__ = ["DEFAULT_PROMPT", "LLMDecoder", "LoraOptions"]
 
