@@ -465,7 +465,7 @@ def test_default_sizes_are_the_papers():
 
 
 def test_torchvision_is_made_importable_before_transformers_meets_it():
-    """Beside a CPU torch, what `[clip]` installs breaks the import of transformers' models unless it is mended first."""
+    """Beside a CPU torch, what `[clip]` installs breaks the import of transformers unless it is mended first."""
     code = (
         "import sys\n"
         "from evc_fast.data import torchvision_ops\n"
