@@ -122,6 +122,9 @@ def test_autocast_casts_storage_and_still_accumulates_in_float32(op, impl):
         assert actual.dtype == expected.dtype
         assert torch.equal(actual, expected)
     assert case.differentiable(outputs)[0].dtype == torch.bfloat16
+    mixed = [t.bfloat16() if i == len(tensors) - 1 and i not in kept else t for i, t in enumerate(tensors)]
+    with torch.autocast("cpu", torch.bfloat16):  # as layers leave them: a float32 norm beside a bfloat16 product
+        assert torch.equal(case.call(*mixed, impl=impl)[0], outputs[0])
     with torch.autocast("cpu", torch.bfloat16):
         assert case.call(*case.inputs(torch.float64), impl=impl)[0].dtype == torch.float64
 

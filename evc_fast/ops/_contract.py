@@ -18,8 +18,8 @@ def check_arguments(op: str, arguments: Sequence[tuple[str, Tensor, tuple[str, .
     """Check rank, sizes, types and devices of an op's tensors against each other.
 
     ``arguments`` holds (name, tensor, dimension names). Equal names must have equal sizes, digits are sizes themselves;
-    every size but the batch's, "B", is at least 1. All tensors share the first one's device and type, except that a
-    name that ends in "*" may also have the type the op accumulates in.
+    every size but the batch's, "B", is at least 1. All tensors share the first one's device and type (under autocast:
+    the type that it casts to), except that a name that ends in "*" may also have the type the op accumulates in.
 
     Raises:
         TypeError: an argument is no tensor, or has a type that the op does not take.
@@ -53,7 +53,9 @@ def check_arguments(op: str, arguments: Sequence[tuple[str, Tensor, tuple[str, .
         elif tensor is first:
             if tensor.dtype not in FLOATING_DTYPES:
                 raise TypeError(f"{op}: {label} must be float32, bfloat16, float16 or float64; got {describe(tensor)}")
-        elif tensor.dtype != first.dtype and not (name.endswith("*") and tensor.dtype == accumulate_dtype(first)):
+        elif cast_dtype(tensor) != cast_dtype(first) and not (
+            name.endswith("*") and tensor.dtype == accumulate_dtype(first)
+        ):
             raise TypeError(f"{op}: {label} must have the type of {first_name}, {first.dtype}; got {describe(tensor)}")
 
 
@@ -62,13 +64,17 @@ def describe(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} {tensor.dtype}"
 
 
+def cast_dtype(tensor: Tensor) -> torch.dtype:
+    """The type in which an op stores ``tensor``: its own, or autocast's where that is on (float64 stays)."""
+    device_type = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
+        return tensor.dtype
+    return torch.get_autocast_dtype(device_type)
+
+
 def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in autocast's type where autocast is on (float64 stays); unchanged where it is off."""
-    device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+    """The tensors in autocast's type where autocast is on; unchanged where it is off."""
+    return tuple(t.to(cast_dtype(t)) for t in tensors)
 
 
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
