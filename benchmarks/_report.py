@@ -211,9 +211,11 @@ def _same_ids(measured: list[dict]) -> list[str]:
         if len(rows) > 1 and len({tuple(row["ids"]) for row in rows}) == 1:
             notes.append(f"{decoder}: both rows wrote the same 15 tokens.")
         elif len(rows) > 1:
+            check = rows[0]["check"]
             notes.append(
-                f"{decoder}: the rows wrote different tokens: random weights leave near-ties between beams, and the "
-                "rounding of the encoder's tokens to the LLM's dtype decides them."
+                f"{decoder}: the rows wrote different tokens: in the decoder's dtype {check['rounded_differently']:,} of "
+                f"{check['elements']:,} elements of the encoder's tokens differ between the ops, and random weights leave "
+                "near-ties between beams that so little decides."
             )
     return notes
 
@@ -259,8 +261,8 @@ def floor_notes(machine: dict) -> list[str]:
     peaks = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in ceilings["matrix_flops_per_s"].items())
     library = ceilings["matrix_flops_per_s_library"]
     notes = [
-        "Floor: max(bytes / read bandwidth, FLOPs / matrix peak of the stage's dtype). Measured in this run: "
-        f"read {ceilings['read_bytes_per_s'] / 1e9:.1f} GB/s, copy {ceilings['copy_bytes_per_s'] / 1e9:.1f} GB/s (read "
+        "Floor: max(bytes / read bandwidth, FLOPs / matrix peak of the stage's dtype). Measured before and after the "
+        f"rows, the better counts: read {ceilings['read_bytes_per_s'] / 1e9:.1f} GB/s, copy {ceilings['copy_bytes_per_s'] / 1e9:.1f} GB/s (read "
         f"and written), matrix peak in GFLOP/s: {peaks}.",
         "Bytes: a lower bound. Weights, inputs, outputs and cached keys and values once each; nothing that a stage "
         "writes and reads again inside itself. Weights that stay in the caches between two captions can beat it.",

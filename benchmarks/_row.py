@@ -96,7 +96,14 @@ def check_encoder(captioner: Captioner, spec: RowSpec) -> dict:
     tolerance = TOLERANCES[dtype_name(features.dtype)]
     if not error <= tolerance:
         raise CheckFailed(f"our ops change the tokens by {error:.2e} of the largest, allowed are {tolerance:.0e}")
-    return {"encoder_error": error, "tolerance": tolerance}
+    dtype = pipeline.model.decoder.dtype
+    differ = tokens[None].to(dtype) != reference.to(dtype)
+    return {
+        "encoder_error": error,
+        "tolerance": tolerance,
+        "rounded_differently": int(differ.sum()),
+        "elements": differ.numel(),
+    }
 
 
 def check_ids(ids: torch.Tensor, captioner: Captioner) -> None:

@@ -289,6 +289,14 @@ def test_a_process_that_dies_is_reported():
     assert "KeyError" in record["reason"]
 
 
+def test_the_better_measurement_of_the_machine_counts():
+    first, second = ({"device": "cpu", "ceilings": {"read": read, "peaks": {"a": a}}} for read, a in ((1, 9), (2, 3)))
+    assert efficiency.better_of(first, second) == {"device": "cpu", "ceilings": {"read": 2, "peaks": {"a": 9}}}
+    failed = {"status": "failed", "reason": "it broke"}
+    assert efficiency.better_of(first, failed) == efficiency.better_of(failed, first) == first
+    assert efficiency.better_of(failed, failed) == failed
+
+
 def test_a_failed_row_sets_the_exit_code(monkeypatch, tmp_path, capsys):
     def run_task(task, threads, on_progress):
         if "machine" in task:
@@ -360,7 +368,7 @@ def measured_row(**changes):
         "memory": {"resident_bytes": 7_053_000_000},
         "throughput": {"batch": 2, "captions_per_s": 0.4567},
         "served_by": {"emotion_attention": "cpp"},
-        "check": {"encoder_error": 2e-7},
+        "check": {"encoder_error": 2e-7, "rounded_differently": 8, "elements": 65_536},
         "stand_ins": {},
         "stages": [
             {"stage": "encoder", "dtype": "float32", **stage},
@@ -396,7 +404,7 @@ def test_the_tables_as_markdown():
 
 def test_rows_that_wrote_other_words_say_so():
     other = measured_row(ids=list(range(1, 16)), spec={"quick": False, "impl": "reference"})
-    assert "the rows wrote different tokens" in _report.markdown(report_of([measured_row(), other]))
+    assert "in the decoder's dtype 8 of 65,536 elements" in _report.markdown(report_of([measured_row(), other]))
     assert "both rows wrote the same 15 tokens" in _report.markdown(report_of([measured_row(), measured_row()]))
 
 
