@@ -213,9 +213,9 @@ def _same_ids(measured: list[dict]) -> list[str]:
         elif len(rows) > 1:
             check = rows[0]["check"]
             notes.append(
-                f"{decoder}: the rows wrote different tokens: in the decoder's dtype {check['rounded_differently']:,} of "
-                f"{check['elements']:,} elements of the encoder's tokens differ between the ops, and random weights leave "
-                "near-ties between beams that so little decides."
+                f"{decoder}: the rows wrote different tokens. In the decoder's dtype {check['rounded_differently']:,} "
+                f"of {check['elements']:,} elements of the encoder's tokens differ between the ops, and random weights "
+                "leave near-ties between beams that so little decides."
             )
     return notes
 
@@ -262,8 +262,8 @@ def floor_notes(machine: dict) -> list[str]:
     library = ceilings["matrix_flops_per_s_library"]
     notes = [
         "Floor: max(bytes / read bandwidth, FLOPs / matrix peak of the stage's dtype). Measured before and after the "
-        f"rows, the better counts: read {ceilings['read_bytes_per_s'] / 1e9:.1f} GB/s, copy {ceilings['copy_bytes_per_s'] / 1e9:.1f} GB/s (read "
-        f"and written), matrix peak in GFLOP/s: {peaks}.",
+        f"rows, the better counts: read {ceilings['read_bytes_per_s'] / 1e9:.1f} GB/s, copy "
+        f"{ceilings['copy_bytes_per_s'] / 1e9:.1f} GB/s (read and written), matrix peak in GFLOP/s: {peaks}.",
         "Bytes: a lower bound. Weights, inputs, outputs and cached keys and values once each; nothing that a stage "
         "writes and reads again inside itself. Weights that stay in the caches between two captions can beat it.",
         "FLOPs: as executed.",
