@@ -404,7 +404,7 @@ def test_the_tables_as_markdown():
 
 def test_rows_that_wrote_other_words_say_so():
     other = measured_row(ids=list(range(1, 16)), spec={"quick": False, "impl": "reference"})
-    assert "in the decoder's dtype 8 of 65,536 elements" in _report.markdown(report_of([measured_row(), other]))
+    assert "In the decoder's dtype 8 of 65,536 elements" in _report.markdown(report_of([measured_row(), other]))
     assert "both rows wrote the same 15 tokens" in _report.markdown(report_of([measured_row(), measured_row()]))
 
 
