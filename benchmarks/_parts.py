@@ -47,7 +47,7 @@ class RowSpec:
     video: str | None
     repeats: int | None
     budget: float
-    """Seconds for the timed captions; at least three are timed."""
+    """Seconds for the timed captions; three are timed even if that takes up to three times as long."""
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -16,6 +16,7 @@ import datetime
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -47,7 +48,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=positive, help="videos captioned together; default: 4, or 2 if slow")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, under a minute: a trial, no figures")
     parser.add_argument("--video", type=Path, help="video file to caption; default: a clip that is encoded on the spot")
-    parser.add_argument("--repeats", type=positive, help="captions timed a row; default: 3 to 50, as the time allows")
+    parser.add_argument("--repeats", type=positive, help="captions timed a row; default: as the time allows, 3 to 50")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder of the results (default: %(default)s)")
     arguments = parser.parse_args(argv)
     names = list(DECODERS) if arguments.decoder == "all" else list(dict.fromkeys(arguments.decoder.split(",")))
@@ -211,6 +212,8 @@ def measure(arguments: argparse.Namespace, console: Console) -> tuple[dict, bool
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
+    # Asked to end, it ends as after Ctrl-C: no row's process stays behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)  # into a file or a pipe: no line is folded

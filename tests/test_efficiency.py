@@ -1,7 +1,8 @@
-"""benchmarks/efficiency.py: a quick run as a user makes it, and its parts: accounting, floors, skipping, rendering."""
+"""benchmarks/efficiency.py: a quick run as a user makes it, and its parts: accounting, timing, skipping, failing."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -18,11 +19,9 @@ sys.path.insert(0, str(BENCHMARKS))  # as Python does for a script there
 
 import _bytes  # noqa: E402
 import _clip  # noqa: E402
-import _figure  # noqa: E402
 import _machine  # noqa: E402
 import _parts  # noqa: E402
 import _published  # noqa: E402
-import _report  # noqa: E402
 import _row  # noqa: E402
 import _stages  # noqa: E402
 import efficiency  # noqa: E402
@@ -164,6 +163,31 @@ def test_every_decoder_has_its_row(decoder, clip):
     assert row["flops"]["trained_modules"]["flops"] == trained
 
 
+@pytest.mark.parametrize(
+    ("seconds", "budget", "captions"), [(1.0, 30.0, 30), (0.01, 30.0, 50), (16.0, 30.0, 3), (50.0, 30.0, 2)]
+)
+def test_captions_are_timed_as_the_budget_allows(monkeypatch, seconds, budget, captions):
+    """On a clock that a caption moves on: 30 s of them, at most 50, three slow ones, two very slow ones."""
+    now = [0.0]
+    probed = SimpleNamespace(gained={_stages.STEP: [1.0] * 15})
+    captioner = SimpleNamespace(pipeline=SimpleNamespace(attached=lambda read: contextlib.nullcontext(probed)))
+
+    def caption(*_):
+        now[0] += seconds
+
+    monkeypatch.setattr(_row, "caption", caption)
+    monkeypatch.setattr(_row.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(_row, "clock", lambda device: lambda: now[0])
+    fractions = []
+    spec = dataclasses.replace(SPEC, repeats=None, budget=budget)
+    times, stages, steps = _row.time_captions(captioner, spec, fractions.append)
+    assert times == pytest.approx([seconds] * captions)
+    assert len(stages[_stages.STEP]) == len(steps) == captions
+    assert fractions == sorted(fractions)
+    assert fractions[-1] == 1
+    assert len(_row.time_captions(captioner, dataclasses.replace(spec, repeats=4), fractions.append)[0]) == 4
+
+
 def test_the_counter_sees_the_same_in_fused_and_reference_ops():
     encoder = FaceNetEncoder(FaceNetConfig()).eval().requires_grad_(False)
     counts = {}
@@ -246,9 +270,6 @@ def test_stages_whose_part_is_missing_are_named_and_the_rest_is_measured(monkeyp
     measured = [stage for stage in stages.values() if "seconds" in stage]
     assert [stage["stage"] for stage in measured] == ["encoder", "Q-former", "decode step"]
     assert sum(stage["share"] for stage in measured) == pytest.approx(1)
-    page = _report.markdown(report_of([row]))
-    assert "| retrieval | not measured: needs faiss |" in page
-    assert "video decode not measured, needs av; random data stands in" in page
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch, clip):
@@ -310,128 +331,6 @@ def test_a_failed_row_sets_the_exit_code(monkeypatch, tmp_path, capsys):
     page = (tmp_path / "efficiency.md").read_text()
     assert "FACE-net, reference ops, own beam search | lstm, tiny |" in page
     assert "Machine: not measured: not tried" in page
-
-
-def report_of(rows):
-    machine = {
-        "device": "cpu",
-        "device_name": "a processor",
-        "cores": 2,
-        "threads": 2,
-        "memory_bytes": None,
-        "system": "Linux",
-        "isa": "AVX2",
-        "kernels_isa": "avx2",
-        "versions": {"torch": "2"},
-        "ceilings": {
-            "read_bytes_per_s": 10e9,
-            "copy_bytes_per_s": 12e9,
-            "matrix_flops_per_s": {"float32": 100e9, "bfloat16": 100e9},
-            "matrix_flops_per_s_library": {"float32": 100e9, "bfloat16": 5e9},
-        },
-    }
-    report = {
-        "date": "2026-01-02T03:04:05",
-        "quick": False,
-        "arguments": {"device": "cpu", "dtype": "bfloat16"},
-        "video": {"description": "a file"},
-        "machine": machine,
-        "rows": rows,
-    }
-    _report.add_floors(report)
-    return report
-
-
-def test_the_floor_is_the_higher_of_two():
-    ceilings = report_of([])["machine"]["ceilings"]
-    stage = {"bytes": 10_000_000, "flops": 50_000_000, "dtype": "float32"}
-    assert _report.floor_seconds(stage, ceilings) == (pytest.approx(1e-3), "bytes")
-    stage["flops"] = 200_000_000
-    assert _report.floor_seconds(stage, ceilings) == (pytest.approx(2e-3), "FLOPs")
-    assert _report.floor_seconds({"bytes": None, "flops": 1, "dtype": "float32"}, ceilings) == (None, "")
-
-
-def measured_row(**changes):
-    stage = {"runs": 1, "seconds": 0.5, "min_seconds": 0.4, "share": 0.25, "flops": 10**9, "bytes": 10**8}
-    row = {
-        "method": "FACE-net, ours",
-        "decoder": "flan-t5-xl",
-        "spec": {"quick": False, "impl": None},
-        "status": "measured",
-        "ids": list(range(15)),
-        "parameters": {"trainable": 13_590_000, "all": 3_010_000_000},
-        "flops": {
-            "trained_modules": {"multiply_adds": 194_700_000, "flops": 389_400_000},
-            "whole_caption": {"multiply_adds": 273 * 10**9, "flops": 546 * 10**9},
-        },
-        "time": {"median_s": 2.1, "p95_s": 2.5, "min_s": 2.0, "captions": 3},
-        "memory": {"resident_bytes": 7_053_000_000},
-        "throughput": {"batch": 2, "captions_per_s": 0.4567},
-        "served_by": {"emotion_attention": "cpp"},
-        "check": {"encoder_error": 2e-7, "rounded_differently": 8, "elements": 65_536},
-        "stand_ins": {},
-        "stages": [
-            {"stage": "encoder", "dtype": "float32", **stage},
-            {"stage": "decode step", "dtype": "bfloat16", **stage, "runs": 15, "seconds": 1.5, "share": 0.75},
-        ],
-        "step_seconds": [[0.1] * 15] * 3,
-    }
-    return row | changes
-
-
-def test_the_tables_as_markdown():
-    skipped = {
-        "method": "FACE-net, ours",
-        "decoder": "opt-2.7b",
-        "spec": {"quick": False, "impl": None},
-        "status": "skipped",
-        "reason": "needs about 7 GB of memory, 2 GB is free",
-    }
-    page = _report.markdown(report_of([measured_row(), skipped]))
-    lines = page.splitlines()
-    assert (
-        "| FACE-net, ours | flan-t5-xl | - | 13.6 M | 3.01 G | 195 M / 389 M | 273 G / 546 G | 2,100 (2,500) | 7,053 "
-        "| 0.457 at 2 |"
-    ) in lines
-    assert "| FACE-net, ours | opt-2.7b | - | - | - | - | - | not measured | - | - |" in lines
-    assert "- FACE-net, ours, opt-2.7b: not measured: needs about 7 GB of memory, 2 GB is free" in lines
-    assert "| encoder | 500 | 25.0% | 1 G | 100 MB | 10 | 50.0x | bytes, float32 |" in lines
-    assert "| decode step (one of 15) | 100 | 75.0% | 66.7 M | 6.67 MB | 0.667 | 150.0x | bytes, bfloat16 |" in lines
-    assert any(line.startswith("- PyTorch's own bfloat16 products reach 5.0 GFLOP/s here") for line in lines)
-    widths = {line.count("|") for line in lines if line.startswith("|")}
-    assert widths == {11, 9}  # ten columns, eight columns
-
-
-def test_rows_that_wrote_other_words_say_so():
-    other = measured_row(ids=list(range(1, 16)), spec={"quick": False, "impl": "reference"})
-    assert "In the decoder's dtype 8 of 65,536 elements" in _report.markdown(report_of([measured_row(), other]))
-    assert "both rows wrote the same 15 tokens" in _report.markdown(report_of([measured_row(), measured_row()]))
-
-
-def test_the_figure_is_drawn_with_and_without_measured_rows(tmp_path):
-    for name, rows in (("some", [measured_row()]), ("none", [])):
-        path = _figure.draw(report_of(rows), tmp_path / f"{name}.png")
-        assert path.read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "some.png").stat().st_size != (tmp_path / "none.png").stat().st_size
-
-
-@pytest.mark.parametrize(
-    ("value", "text"), [(None, "-"), (3.014e9, "3.01 G"), (13.59e6, "13.6 M"), (1500, "1.5 k"), (12, "12")]
-)
-def test_counts_are_short(value, text):
-    assert _report.count(value) == text
-
-
-def test_published_rows_are_those_of_the_paper():
-    assert [(row.method, row.milliseconds, row.megabytes) for row in _published.TABLE_6] == [
-        ("EPAN", 198.6, 5602),
-        ("DCGN", 247.8, 6201),
-        ("VideoBLIP", 3610.0, 15852),
-        ("MM-ECPE", 4076.8, 18742),
-        ("FACE-net", 4252.6, 21064),
-    ]
-    assert _published.TABLE_6[-1].trainable_parameters == 63.9e6
-    assert _published.TABLE_6[-1].multiply_adds == 3.98e9
 
 
 def test_arguments():
