@@ -41,9 +41,9 @@ TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 # From the least to the most demanding: the link below relies on this order.
 X86_VARIANTS = {
     "default": [],
-    "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
-    "avx512_bf16": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma", "-mf16c"],
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"],
+    "avx512_bf16": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma"],
 }
 WITHOUT = "set EVC_FAST_NO_EXTENSION=1 to install the pure-PyTorch package"
 

@@ -44,8 +44,11 @@ Tensor checked(const Tensor& tensor, const char* name, const std::vector<int64_t
   STD_TORCH_CHECK(match, "evc_fast: ", name, " does not have the size that the op's other tensors ask for");
   return torch::stable::contiguous(tensor);
 }
-void check_rank(const Tensor& tensor, const char* name, int64_t rank) {
+// The first tensor of an op tells the sizes; all but the batch's are 1 or more.
+void check_first(const Tensor& tensor, const char* name, int64_t rank) {
   STD_TORCH_CHECK(tensor.dim() == rank, "evc_fast: ", name, " must have ", rank, " dimensions");
+  for (int64_t i = 1; i < rank; ++i)
+    STD_TORCH_CHECK(tensor.size(i) > 0, "evc_fast: ", name, " must not be empty but for the batch");
 }
 
 // Scratch of one thread, kept for the next call: a fresh block of this size would fault in page by page every time.
@@ -91,7 +94,7 @@ struct EntropyInputs {
   EntropyInputs(const Tensor& triplets_, const Tensor& similarity_, const std::optional<Tensor>& groups_,
                 bool self_refine, bool cross_refine)
       : dtype(dtype_of(triplets_)) {
-    check_rank(triplets_, "triplets", 4);
+    check_first(triplets_, "triplets", 4);
     B = triplets_.size(0);
     args.K = triplets_.size(1);
     args.D = triplets_.size(3);
@@ -148,8 +151,8 @@ struct EmotionInputs {
   EmotionInputs(const Tensor& query_, const Tensor& key_, const Tensor& value_, const Tensor& gate_query_,
                 const Tensor& gate_key_, int64_t heads)
       : dtype(dtype_of(query_)), type(query_.scalar_type()) {
-    check_rank(query_, "query", 4);
-    check_rank(key_, "key", 2);
+    check_first(query_, "query", 4);
+    STD_TORCH_CHECK(key_.dim() == 2 && key_.size(0) > 0, "evc_fast: key must have 2 dimensions and a word or more");
     args.B = query_.size(0);
     args.K = query_.size(1);
     args.N = query_.size(2);
@@ -229,7 +232,7 @@ struct RoutingInputs {
   RoutingArgs args{};
 
   RoutingInputs(const Tensor& facts_, const Tensor& emotions_) : dtype(dtype_of(facts_)), type(facts_.scalar_type()) {
-    check_rank(facts_, "facts", 4);
+    check_first(facts_, "facts", 4);
     B = facts_.size(0);
     args.K = facts_.size(1);
     args.N = facts_.size(2);

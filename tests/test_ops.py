@@ -7,7 +7,7 @@ import torch
 
 from evc_fast.ops import dispatch
 from evc_fast.testing.cases import CASES, DIFFERENTIABLE, LAYOUTS, Case, benchmark_case, cases
-from evc_fast.testing.tolerances import FORWARD_FACTOR, GRADIENT_FACTOR, assert_as_good_as_plain
+from evc_fast.testing.tolerances import FORWARD_FACTOR, GRADIENT_FACTOR, assert_as_good_as_plain, plain_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 KERNELS = ["cpp"] if dispatch.implementations(dispatch.OPS[0])[0].available else []
@@ -43,7 +43,7 @@ def output_gradients(case: Case, tensors, dtype, layout="contiguous") -> list[to
 
 
 def check_against_plain(case: Case, dtype, impl, layout="contiguous", gradient_layout="contiguous") -> None:
-    rounded = torch.float32 if dtype == torch.float64 else dtype  # float64 is held against float32 on equal values
+    rounded = plain_dtype(dtype)
     tensors = case.inputs(rounded, layout)
     gradients = output_gradients(case, tensors, rounded, gradient_layout)
     exact = [t.double() if t.is_floating_point() else t for t in tensors]

@@ -145,6 +145,19 @@ def test_grad_modes_agree_and_only_training_keeps_a_graph(op, impl):
 
 @needs_cpp
 @pytest.mark.parametrize("op", dispatch.OPS)
+def test_forward_mode_is_refused_rather_than_dropped(op):
+    case = cases(op)[0]
+    first, *rest = case.inputs()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(first, torch.ones_like(first))
+        with pytest.raises((RuntimeError, NotImplementedError), match=r"jvp|forward"):
+            case.call(dual, *rest, impl="cpp")
+        tangent = torch.autograd.forward_ad.unpack_dual(case.call(dual, *rest, impl="reference")[0]).tangent
+        assert tangent.any()
+
+
+@needs_cpp
+@pytest.mark.parametrize("op", dispatch.OPS)
 def test_second_derivatives_are_refused(op):
     case = cases(op)[0]
     tensors = [t.requires_grad_() for t in case.inputs(torch.float64)]
@@ -175,7 +188,7 @@ BAD = [
         "entropy_calibration",
         (f(2, 4, 2, 8), f(2, 4)),
         ValueError,
-        "triplets must be [B, K, 3, D] with 3 = 3; got [2, 4, 2, 8]",
+        "triplets must be [B, K, 3, D]; got [2, 4, 2, 8]",
     ),
     (
         "entropy_calibration",
@@ -265,13 +278,59 @@ def test_bad_input_is_named_before_anything_runs(op, arguments, error, message):
         assert str(caught.value).startswith(f"{op}: ")
 
 
+def below_the_contract() -> list:
+    """Every tensor of the six ops: its arguments, and its place among them."""
+    places = []
+    for op in dispatch.OPS:
+        (case,) = [c for c in cases(op) if c.name == ("groups" if op == "entropy_calibration" else "odd")]
+        for direction in ("forward", "backward"):
+            arguments = (forward_arguments if direction == "forward" else backward_arguments)(case, case.inputs())
+            for i, argument in enumerate(arguments):
+                if isinstance(argument, torch.Tensor):
+                    places.append(pytest.param(f"{op}_{direction}", arguments, i, id=f"{op}_{direction}-{i}"))
+    return places
+
+
 @needs_cpp
-def test_kernels_called_below_the_contract_check_their_memory():
-    facts = f(2, 3, 5, 8)
-    with pytest.raises(RuntimeError, match="emotions does not have the size"):
-        torch.ops.evc_fast.routing_aggregation_forward(facts, f(2, 3, 5, 9), f(2, 5, 3))
-    with pytest.raises(RuntimeError, match="logits has another type"):
-        torch.ops.evc_fast.routing_aggregation_forward(facts, facts, f(2, 5, 3).double())
+@pytest.mark.parametrize(("name", "arguments", "i"), below_the_contract() if HAS_CPP else [])
+def test_kernels_called_below_the_contract_check_their_memory(name, arguments, i):
+    good = arguments[i]
+    shorter = good[:, :-1]
+    retyped = good.double() if good.is_floating_point() else good.int()
+    for bad in (shorter, retyped, good[None], good.narrow(-1, 0, 0)):
+        with pytest.raises(RuntimeError, match="evc_fast: "):
+            getattr(torch.ops.evc_fast, name)(*arguments[:i], bad, *arguments[i + 1 :])
+
+
+def test_arguments_that_are_no_tensors_are_named():
+    query, words = f(1, 2, 3, 4), f(5, 4)
+    for num_heads in (None, "2", 2.0, True):
+        with pytest.raises(TypeError, match="emotion_attention: num_heads must be an int; got"):
+            ops.emotion_attention(query, words, words, query, query[:, 0], num_heads)
+    for flag in ("no", None, 1):
+        with pytest.raises(TypeError, match="entropy_calibration: self_refine must be a bool; got"):
+            ops.entropy_calibration(f(1, 2, 3, 4), f(1, 2), self_refine=flag)
+    with pytest.raises(TypeError, match="routing_aggregation: facts must be a dense tensor"):
+        ops.routing_aggregation(query.to_sparse(), query, f(1, 3, 2))
+
+
+def test_autocast_does_not_make_integers_features():
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(
+            TypeError, match=r"similarity must have the type of triplets, torch.bfloat16, or torch.float32"
+        ):
+            ops.entropy_calibration(f(2, 3, 3, 8), torch.ones(2, 3, dtype=torch.bool))
+        with pytest.raises(TypeError, match="key must have the type of query"):
+            ops.emotion_attention(f(1, 2, 3, 4), f(5, 4).long(), f(5, 4), f(1, 2, 3, 4), f(1, 3, 4), 2)
+
+
+@pytest.mark.parametrize("op", dispatch.OPS)
+def test_devices_without_a_kernel_or_autocast_are_served_by_the_reference(op):
+    case = cases(op)[0]
+    meta = [t.to("meta") for t in case.inputs()]
+    for output, expected in zip(case.call(*meta), case.call(*case.inputs()), strict=True):
+        assert output.device.type == "meta"
+        assert output.shape == expected.shape
 
 
 def test_unknown_implementations_and_ops_are_refused():

@@ -21,10 +21,10 @@ Entropy<T> entropy(const S* x, int64_t D, T* e) {
   RowSum<T> total, moment;
   for_row_sums<T>(D, [&](int64_t i, auto part, int chain) {
     Vec<T> shifted = part.get(x + i, -T(INFINITY)) - max;
-    Vec<T> p = exp_nonpositive<T>(shifted);
+    Vec<T> p = exp_nonpositive<T, true>(shifted);  // near certainty alpha is a ratio of tiny entropies
     part.put(p, e + i);
     total.chain[chain] += p;
-    moment.chain[chain] += shifted < ExpOf<T>::kLowest ? Vec<T>{} : p * shifted;  // 0 log 0 = 0, also for the padding's -inf
+    moment.chain[chain] += shifted < ExpOf<T>::kSmallest ? Vec<T>{} : p * shifted;  // 0 log 0 = 0, also for the padding's -inf
   });
   const T sum = total.total(), log_total = std::log(sum);
   return {max, log_total, log_total - moment.total() / sum};  // (11): logsumexp(T) - sum p T
@@ -49,55 +49,52 @@ inline bool single_group(const int64_t* groups, int64_t K) {
   return true;
 }
 
-// In double: where one similarity outweighs all others, log p of a p near 1 keeps its digits.
+// p: [K], each triplet's share of the similarity mass (14); returns the mass. In double: where one similarity outweighs
+// all others, log p of a p near 1 keeps its digits.
 template <class T>
-double group_share(const T* similarity, const int64_t* groups, int64_t K, int64_t i) {  // (14)
-  double group = 0, all = 0;
-  for (int64_t j = 0; j < K; ++j) {
-    const double s = clamped(similarity[j]);
-    all += s;
-    if (same_group(groups, i, j)) group += s;
+double group_shares(const T* similarity, const int64_t* groups, int64_t K, double* p) {
+  double all = 0;
+  for (int64_t i = 0; i < K; ++i) {
+    all += clamped(similarity[i]);
+    p[i] = 0;
+    for (int64_t j = 0; j < K; ++j)
+      if (same_group(groups, i, j)) p[i] += clamped(similarity[j]);
   }
-  return group / all;
+  for (int64_t i = 0; i < K; ++i) p[i] /= all;
+  return all;
 }
 
+// p: [K], scratch.
 template <class T>
-void triplet_weights(const T* similarity, const int64_t* groups, int64_t K, bool cross_refine, T* theta) {
+void triplet_weights(const T* similarity, const int64_t* groups, int64_t K, bool cross_refine, double* p, T* theta) {
   if (!cross_refine || single_group(groups, K)) {
     for (int64_t i = 0; i < K; ++i) theta[i] = T(1) / K;
     return;
   }
+  group_shares(similarity, groups, K, p);
   double total = 0;
-  for (int64_t i = 0; i < K; ++i) {
-    const double p = group_share(similarity, groups, K, i);
-    total += p * std::log(p);
-  }
-  for (int64_t i = 0; i < K; ++i) {
-    const double p = group_share(similarity, groups, K, i);
-    theta[i] = T(p * std::log(p) / total);  // (15)
-  }
+  for (int64_t i = 0; i < K; ++i) total += p[i] * std::log(p[i]);
+  for (int64_t i = 0; i < K; ++i) theta[i] = T(p[i] * std::log(p[i]) / total);  // (15)
 }
 
 template <class T>
 void triplet_weights_backward(const T* similarity, const int64_t* groups, int64_t K, bool cross_refine,
-                              const T* grad_theta, T* grad_similarity) {
+                              const T* grad_theta, double* p, T* grad_similarity) {
   for (int64_t j = 0; j < K; ++j) grad_similarity[j] = 0;
   if (!cross_refine || single_group(groups, K)) return;
-  double all = 0, total = 0, mean = 0;
+  const double all = group_shares(similarity, groups, K, p);
+  double total = 0, mean = 0;
   for (int64_t i = 0; i < K; ++i) {
-    const double p = group_share(similarity, groups, K, i);
-    all += clamped(similarity[i]);
-    total += p * std::log(p);
-    mean += p * std::log(p) * grad_theta[i];
+    total += p[i] * std::log(p[i]);
+    mean += p[i] * std::log(p[i]) * grad_theta[i];
   }
   mean /= total;  // sum_i theta_i grad_theta_i
   for (int64_t j = 0; j < K; ++j) {
     if (similarity[j] < kMinSimilarity<T>) continue;
     double grad = 0;
     for (int64_t i = 0; i < K; ++i) {
-      const double p = group_share(similarity, groups, K, i);
-      const double grad_p = (grad_theta[i] - mean) / total * (std::log(p) + 1);
-      grad += grad_p * ((same_group(groups, i, j) ? 1 : 0) - p) / all;
+      const double grad_p = (grad_theta[i] - mean) / total * (std::log(p[i]) + 1);
+      grad += grad_p * ((same_group(groups, i, j) ? 1 : 0) - p[i]) / all;
     }
     grad_similarity[j] = T(grad);
   }
@@ -107,11 +104,12 @@ template <class S>
 void forward(const EntropyArgs& args, int64_t begin, int64_t end, void* scratch) {
   typedef Acc<S> T;
   const int64_t K = args.K, D = args.D;
-  T* e = static_cast<T*>(scratch);  // [D]
+  double* p = static_cast<double*>(scratch);  // [K]
+  T* e = reinterpret_cast<T*>(p + K);         // [D]
   for (int64_t b = begin; b < end; ++b) {
     const int64_t* groups = args.groups ? args.groups + b * K : nullptr;
     T* theta = static_cast<T*>(args.triplet_weights) + b * K;
-    triplet_weights(static_cast<const T*>(args.similarity) + b * K, groups, K, args.cross_refine, theta);
+    triplet_weights(static_cast<const T*>(args.similarity) + b * K, groups, K, args.cross_refine, p, theta);
     for (int64_t k = 0; k < K; ++k) {
       const int64_t first = (b * K + k) * 3;
       const S* x = static_cast<const S*>(args.triplets) + first * D;
@@ -135,13 +133,14 @@ template <class S>
 void backward(const EntropyArgs& args, int64_t begin, int64_t end, void* scratch) {
   typedef Acc<S> T;
   const int64_t K = args.K, D = args.D;
-  T* e = static_cast<T*>(scratch);  // [3, D]
-  T* theta = e + 3 * D;             // [K]
-  T* grad_theta = theta + K;        // [K]
+  double* p = static_cast<double*>(scratch);  // [K]
+  T* e = reinterpret_cast<T*>(p + K);         // [3, D]
+  T* theta = e + 3 * D;                       // [K]
+  T* grad_theta = theta + K;                  // [K]
   for (int64_t b = begin; b < end; ++b) {
     const int64_t* groups = args.groups ? args.groups + b * K : nullptr;
     const T* similarity = static_cast<const T*>(args.similarity) + b * K;
-    triplet_weights(similarity, groups, K, args.cross_refine, theta);
+    triplet_weights(similarity, groups, K, args.cross_refine, p, theta);
     for (int64_t k = 0; k < K; ++k) {
       const int64_t first = (b * K + k) * 3 * D;
       const S* x = static_cast<const S*>(args.triplets) + first;
@@ -164,31 +163,31 @@ void backward(const EntropyArgs& args, int64_t begin, int64_t end, void* scratch
       for (int c = 0; c < 3; ++c) {
         const T scale = theta[k] * alpha[c];
         const T grad_h = theta[k] * (r[c] - grad_theta[k]);  // times the sum of entropies
-        const T share = 1 / (total * std::exp(of[c].log_total));
+        const T divisor = total * std::exp(of[c].log_total);
         const T offset = of[c].h - of[c].log_total;
         for_row<T>(D, [&](int64_t i, auto part) {
           Vec<T> g = scale * part.get(grad + c * D + i, 0);
-          if (uncertain) {  // p / sum first: near certainty both vanish, and their quotient does not
+          if (uncertain) {  // near certainty p (log p + h) and the sum vanish, their quotient does not
             Vec<T> shifted = part.get(x + c * D + i, 0) - of[c].max;
-            Vec<T> slope = part.get(e + c * D + i, 0) * share * (grad_h * (shifted + offset));
-            g -= shifted < ExpOf<T>::kLowest ? Vec<T>{} : slope;
+            Vec<T> slope = part.get(e + c * D + i, 0) * (shifted + offset) / divisor * grad_h;
+            g -= shifted < ExpOf<T>::kSmallest ? Vec<T>{} : slope;
           }
           part.put(g, grad_x + c * D + i);
         });
       }
     }
-    triplet_weights_backward(similarity, groups, K, args.cross_refine, grad_theta,
+    triplet_weights_backward(similarity, groups, K, args.cross_refine, grad_theta, p,
                              static_cast<T*>(args.grad_similarity) + b * K);
   }
 }
 
 template <class S>
 size_t forward_scratch(const EntropyArgs& args) {
-  return args.D * sizeof(Acc<S>);
+  return args.K * sizeof(double) + args.D * sizeof(Acc<S>);
 }
 template <class S>
 size_t backward_scratch(const EntropyArgs& args) {
-  return (3 * args.D + 2 * args.K) * sizeof(Acc<S>);
+  return args.K * sizeof(double) + (3 * args.D + 2 * args.K) * sizeof(Acc<S>);
 }
 
 }  // namespace

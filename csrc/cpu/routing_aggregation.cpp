@@ -16,9 +16,9 @@ void softmax_rows(const T* logits, int64_t N, int64_t K, T* weights) {
   for_row<T>(N * K, [&](int64_t i, auto part) { part.put(exp_nonpositive<T>(part.get(weights + i, 0)), weights + i); });
   for (int64_t n = 0; n < N; ++n) {
     T* row = weights + n * K;
-    T total = 0;
+    double total = 0;
     for (int64_t k = 0; k < K; ++k) total += row[k];
-    for (int64_t k = 0; k < K; ++k) row[k] /= total;
+    for (int64_t k = 0; k < K; ++k) row[k] = T(row[k] / total);
   }
 }
 
@@ -26,11 +26,12 @@ void softmax_rows(const T* logits, int64_t N, int64_t K, T* weights) {
 template <class S>
 void forward(const RoutingArgs& args, int64_t begin, int64_t end, void* scratch) {
   typedef Acc<S> T;
-  constexpr int64_t kBlock = 16;  // frames summed before they join the total: shorter chains, smaller error
+  constexpr int64_t kFrames = 16, kTriplets = 8;  // summed before they join the total: shorter chains, smaller error
   const int64_t K = args.K, N = args.N, d = args.d;
   T* weights = static_cast<T*>(scratch);  // [N, K]
   T* block = weights + N * K;             // [d]
-  T* total = block + d;                   // [d]
+  T* total = block + d;                   // [d], with what its rounding lost so far:
+  T* lost = total + d;                    // [d]
   for (int64_t task = begin; task < end; ++task) {
     const int64_t b = task / 2;
     const bool emotions = task % 2;
@@ -39,22 +40,30 @@ void forward(const RoutingArgs& args, int64_t begin, int64_t end, void* scratch)
     S* pooled = static_cast<S*>(args.pooled) + (b * 2 + emotions) * d;
     softmax_rows(static_cast<const T*>(args.logits) + b * N * K, N, K, weights);
     if (!emotions) memcpy(static_cast<T*>(args.weights) + b * N * K, weights, N * K * sizeof(T));
-    memset(total, 0, d * sizeof(T));
+    memset(total, 0, 2 * d * sizeof(T));
     for (int64_t n = 0; n < N; ++n) {
-      if (n % kBlock == 0) memset(block, 0, d * sizeof(T));
+      if (n % kFrames == 0) memset(block, 0, d * sizeof(T));
       for_row<T>(d, [&](int64_t i, auto part) {
         Vec<T> sum{}, weighted{};
-        for (int64_t k = 0; k < K; ++k) {
-          Vec<T> v = part.get(x + (k * N + n) * d + i, 0);
-          sum += v;
-          weighted += weights[n * K + k] * v;
+        for (int64_t first = 0; first < K; first += kTriplets) {
+          Vec<T> few{}, few_weighted{};
+          for (int64_t k = first; k < K && k < first + kTriplets; ++k) {
+            Vec<T> v = part.get(x + (k * N + n) * d + i, 0);
+            few += v;
+            few_weighted += weights[n * K + k] * v;
+          }
+          sum += few;
+          weighted += few_weighted;
         }
         part.put(weighted, routed + n * d + i);                // (27)
         part.put(part.get(block + i, 0) + sum, block + i);
       });
-      if (n % kBlock == kBlock - 1 || n == N - 1)
+      if (n % kFrames == kFrames - 1 || n == N - 1)
         for_row<T>(d, [&](int64_t i, auto part) {
-          part.put(part.get(total + i, 0) + part.get(block + i, 0), total + i);
+          Vec<T> sum = part.get(total + i, 0), more = part.get(block + i, 0) - part.get(lost + i, 0);
+          Vec<T> next = sum + more;  // Kahan's sum
+          part.put((next - sum) - more, lost + i);
+          part.put(next, total + i);
         });
     }
     for_row<T>(d, [&](int64_t i, auto part) { part.put(part.get(total + i, 0) * (1 / T(K * N)), pooled + i); });  // (22), (23)
@@ -87,16 +96,16 @@ void backward(const RoutingArgs& args, int64_t begin, int64_t end, void* scratch
         grad_weights[k] += dot.total();
       }
     }
-    T mean = 0;
-    for (int64_t k = 0; k < K; ++k) mean += weights[k] * grad_weights[k];
+    double mean = 0;
+    for (int64_t k = 0; k < K; ++k) mean += double(weights[k]) * grad_weights[k];
     T* grad_logits = static_cast<T*>(args.grad_logits) + task * K;
-    for (int64_t k = 0; k < K; ++k) grad_logits[k] = weights[k] * (grad_weights[k] - mean);
+    for (int64_t k = 0; k < K; ++k) grad_logits[k] = T(weights[k] * (grad_weights[k] - mean));
   }
 }
 
 template <class S>
 size_t forward_scratch(const RoutingArgs& args) {
-  return (args.N * args.K + 2 * args.d) * sizeof(Acc<S>);
+  return (args.N * args.K + 3 * args.d) * sizeof(Acc<S>);
 }
 template <class S>
 size_t backward_scratch(const RoutingArgs& args) {

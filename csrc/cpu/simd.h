@@ -195,32 +195,36 @@ EVC_INLINE Vec<T> max_vec(Vec<T> a, Vec<T> b) {
   return a < b ? b : a;
 }
 
-// ---- exp for x <= 0 (and NaN): arguments here are always minus a row's maximum ----
+// ---- exp for x <= 0 (and NaN): a row's maximum is always subtracted first ----
 
 template <class T>
 struct ExpOf;
 template <>
 struct ExpOf<float> {
   typedef int32_t Int;
-  static constexpr float kLowest = -87.33654f, kMagic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr float kSmallestNormal = -87.33654f, kSmallest = -103.97208f;  // e^x is 2^-126, 2^-150
+  static constexpr float kMagic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
   static constexpr int kTerms = 7, kMantissa = 23, kBias = 127;
 };
 template <>
 struct ExpOf<double> {
   typedef int64_t Int;
-  static constexpr double kLowest = -708.396418532264, kMagic = 6755399441055744.;  // 1.5 * 2^52
+  static constexpr double kSmallestNormal = -708.396418532264, kSmallest = -745.1332191019411;
+  static constexpr double kMagic = 6755399441055744.;  // 1.5 * 2^52
   static constexpr double kLn2High = 6.93145751953125e-1, kLn2Low = 1.42860682030941723212e-6;
   static constexpr int kTerms = 13, kMantissa = 52, kBias = 1023;
 };
 
-template <class T>
+// kGradual: subnormal results too, for callers that compare tiny values with each other; else 0 below 2^-126.
+template <class T, bool kGradual = false>
 EVC_INLINE Vec<T> exp_nonpositive(Vec<T> x) {
   typedef ExpOf<T> C;
   typedef typename C::Int Int;
   constexpr T kLog2E = T(1.44269504088896340736);
-  auto vanishes = x < C::kLowest;  // e^x is below the smallest normal number: 0
-  Vec<T> clamped = vanishes ? splat<T>(C::kLowest) : x;
+  constexpr T kLowest = kGradual ? C::kSmallest : C::kSmallestNormal;
+  auto vanishes = x < kLowest;
+  Vec<T> clamped = vanishes ? splat<T>(kLowest) : x;
   Vec<T> shifted = clamped * kLog2E + C::kMagic;
   Vec<T> n = shifted - C::kMagic;
   Vec<T> r = (clamped - n * C::kLn2High) - n * C::kLn2Low;  // |r| <= ln 2 / 2
@@ -230,14 +234,17 @@ EVC_INLINE Vec<T> exp_nonpositive(Vec<T> x) {
   Vec<T> p = splat(inverse_factorial[C::kTerms]);
 #pragma GCC unroll 16
   for (int i = C::kTerms - 1; i >= 0; --i) p = p * r + inverse_factorial[i];
-  Vec<Int> power = ((Vec<Int>)shifted + Int(C::kBias)) << C::kMantissa;  // the magic number's own bits shift out
-  Vec<T> result = p * (Vec<T>)power;
+  Vec<Int> exponent = (Vec<Int>)shifted;  // n in the low bits; the magic number's own bits shift out
+  Vec<T> result;
+  if constexpr (kGradual) {  // 2^n in two normal factors
+    Vec<Int> whole = (exponent << C::kMantissa) >> C::kMantissa;  // n, its sign extended
+    Vec<Int> half = whole >> 1;
+    result = p * (Vec<T>)((half + Int(C::kBias)) << C::kMantissa);
+    result *= (Vec<T>)((whole - half + Int(C::kBias)) << C::kMantissa);
+  } else {
+    result = p * (Vec<T>)((exponent + Int(C::kBias)) << C::kMantissa);
+  }
   return vanishes ? Vec<T>{} : result;
-}
-
-template <class T>
-EVC_INLINE T exp_nonpositive_scalar(T x) {
-  return exp_nonpositive<T>(splat(x))[0];
 }
 
 }  // namespace

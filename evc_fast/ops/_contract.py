@@ -36,13 +36,14 @@ def check_arguments(op: str, arguments: Sequence[tuple[str, Tensor, tuple[str, .
         for dim, size in zip(dims, tensor.shape, strict=True):
             expected = int(dim) if dim.isdigit() else sizes.setdefault(dim, size)
             if size != expected:
-                raise ValueError(
-                    f"{op}: {label} must be [{', '.join(dims)}] with {dim} = {expected}; got {describe(tensor)}"
-                )
+                where = "" if dim.isdigit() else f" with {dim} = {expected}"
+                raise ValueError(f"{op}: {label} must be [{', '.join(dims)}]{where}; got {describe(tensor)}")
             if size < 1 and dim != "B":
                 raise ValueError(
                     f"{op}: {label} must be [{', '.join(dims)}] with {dim} of 1 or more; got {describe(tensor)}"
                 )
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{op}: {label} must be a dense tensor; got {tensor.layout}")
         if tensor.device != first.device:
             raise ValueError(
                 f"{op}: {label} is on {tensor.device}, {first_name} on {first.device}: one device is expected"
@@ -56,7 +57,10 @@ def check_arguments(op: str, arguments: Sequence[tuple[str, Tensor, tuple[str, .
         elif cast_dtype(tensor) != cast_dtype(first) and not (
             name.endswith("*") and tensor.dtype == accumulate_dtype(first)
         ):
-            raise TypeError(f"{op}: {label} must have the type of {first_name}, {first.dtype}; got {describe(tensor)}")
+            accepted = str(cast_dtype(first))
+            if name.endswith("*") and accumulate_dtype(first) != cast_dtype(first):
+                accepted += f", or {accumulate_dtype(first)}"
+            raise TypeError(f"{op}: {label} must have the type of {first_name}, {accepted}; got {describe(tensor)}")
 
 
 def describe(tensor: Tensor) -> str:
@@ -67,9 +71,14 @@ def describe(tensor: Tensor) -> str:
 def cast_dtype(tensor: Tensor) -> torch.dtype:
     """The type in which an op stores ``tensor``: its own, or autocast's where that is on (float64 stays)."""
     device_type = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
+    if not tensor.is_floating_point() or tensor.dtype == torch.float64 or not autocasts(device_type):
         return tensor.dtype
     return torch.get_autocast_dtype(device_type)
+
+
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on for this kind of device (some, as meta, have none)."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -80,6 +89,6 @@ def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Ops accumulate in float32 whatever autocast says: products inside them must not be cast again."""
     device_type = tensor.device.type
-    if not torch.is_autocast_enabled(device_type):
+    if not autocasts(device_type):
         return contextlib.nullcontext()
     return torch.autocast(device_type, enabled=False)

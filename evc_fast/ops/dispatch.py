@@ -77,7 +77,8 @@ def _cpp_obstacle(tensor: torch.Tensor) -> str:
     if tensor.device.type != "cpu":
         return f"it serves CPU tensors, these are on {tensor.device}"
     if tensor.dtype not in CPP_DTYPES:
-        return f"it takes float32, bfloat16 and float64, these are {tensor.dtype}"
+        source = "autocast makes these" if torch.is_autocast_enabled("cpu") else "these are"
+        return f"it takes float32, bfloat16 and float64, {source} {tensor.dtype}"
     return ""
 
 

@@ -35,7 +35,7 @@ def emotion_attention(
         gate_query: [B, K, N, d] phi_F of the facts.
         gate_key: [B, N, d] phi_V of the frames.
         num_heads: divides d.
-        impl: "reference", "cpp", or ``None`` for the fastest that serves these tensors.
+        impl: "reference" (second derivatives and forward mode too), "cpp", or ``None`` for the fastest.
 
     Returns:
         context [B, K, N, d], before the output projection and phi_E; differentiable in all five tensors.
@@ -55,6 +55,8 @@ def emotion_attention(
             ("gate_key", gate_key, ("B", "N", "d")),
         ],
     )
+    if isinstance(num_heads, bool) or not isinstance(num_heads, int):
+        raise TypeError(f"emotion_attention: num_heads must be an int; got {type(num_heads).__name__}")
     if num_heads < 1 or query.size(-1) % num_heads:
         raise ValueError(f"emotion_attention: num_heads must divide d; got {num_heads} for query {describe(query)}")
     tensors = autocast_inputs(query, key, value, gate_query, gate_key)
@@ -71,11 +73,10 @@ def _compiled(
 
 class _EmotionAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, gate_query, gate_key, num_heads):
-        # The candidates X are kept for backward: they are of the inputs' size, the scores they come from are not.
+    def forward(ctx, query, key, value, gate_query, gate_key, num_heads, keep_candidates):
         with torch._C._AutoDispatchBelowAutograd():
             context, candidates = torch.ops.evc_fast.emotion_attention_forward(
-                query, key, value, gate_query, gate_key, num_heads, True
+                query, key, value, gate_query, gate_key, num_heads, keep_candidates
             )
         ctx.save_for_backward(query, key, value, gate_query, gate_key, candidates)
         ctx.num_heads = num_heads
@@ -86,16 +87,15 @@ class _EmotionAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_context, _candidates):
         grads = torch.ops.evc_fast.emotion_attention_backward(grad_context, *ctx.saved_tensors, ctx.num_heads)
-        return *grads, None
+        return *grads, None, None
 
 
 def _autograd(query, key, value, gate_query, gate_key, num_heads, keep_candidates):
     tensors = query, key, value, gate_query, gate_key
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        context, candidates = _EmotionAttention.apply(*tensors, num_heads)
-        return context, candidates if keep_candidates else candidates.new_empty(0)
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.evc_fast.emotion_attention_forward(*tensors, num_heads, keep_candidates)
+    # Backward reads the candidates X: they are of the inputs' size, the scores they come from are not.
+    training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    context, candidates = _EmotionAttention.apply(*tensors, num_heads, keep_candidates or training)
+    return context, candidates.new_empty(0) if training and not keep_candidates else candidates
 
 
 LIBRARY.impl("emotion_attention_forward", _autograd, "Autograd")

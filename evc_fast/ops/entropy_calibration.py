@@ -32,11 +32,11 @@ def entropy_calibration(
 
     Args:
         triplets: [B, K, 3, D] features of subject, predicate and object; float32, bfloat16, float16 or float64.
-        similarity: [B, K] cosine of video and caption; the type of ``triplets``, or float32.
+        similarity: [B, K] cosine of video and caption; the type of ``triplets``, or float32 beside 16-bit ones.
         groups: [B, K] int64, equal ids for triplets that say the same; ``None``: all distinct.
         self_refine: weigh components by alpha; else 1/3 each.
         cross_refine: weigh triplets by theta; else 1/K each.
-        impl: "reference", "cpp", or ``None`` for the fastest that serves these tensors.
+        impl: "reference" (second derivatives and forward mode too), "cpp", or ``None`` for the fastest.
 
     Returns:
         calibrated: [B, K, 3, D], the type of ``triplets``; differentiable in ``triplets`` and ``similarity``.
@@ -47,6 +47,9 @@ def entropy_calibration(
         TypeError, ValueError: an argument has the wrong type, rank, size or device.
         RuntimeError: ``impl`` cannot run here.
     """
+    for name, flag in (("self_refine", self_refine), ("cross_refine", cross_refine)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"entropy_calibration: {name} must be a bool; got {type(flag).__name__}")
     arguments = [("triplets", triplets, ("B", "K", "3", "D")), ("similarity*", similarity, ("B", "K"))]
     if groups is not None:
         arguments.append(("groups", groups, ("B", "K")))

@@ -24,8 +24,8 @@ def routing_aggregation(
 
     Args:
         facts, emotions: [B, K, N, d]; float32, bfloat16, float16 or float64.
-        logits: [B, N, K]; the type of ``facts``, or float32.
-        impl: "reference", "cpp", or ``None`` for the fastest that serves these tensors.
+        logits: [B, N, K]; the type of ``facts``, or float32 beside bfloat16 and float16.
+        impl: "reference" (second derivatives and forward mode too), "cpp", or ``None`` for the fastest.
 
     Returns:
         routed: [B, 2N, d], facts first, the type of ``facts``; differentiable in all three tensors.

@@ -32,7 +32,7 @@ class Case:
     sizes: dict[str, int]
     options: dict[str, Any] = field(default_factory=dict)
     scale: float = 1.0  # of the features that a softmax reads
-    special: str = ""  # "one_hot", "negative_similarity", "dominant_similarity"
+    special: str = ""  # "one_hot", "tiny_entropy", "negative_similarity", "dominant_similarity"
     groups: str = ""  # "random", "same", "distinct"
 
     @property
@@ -71,6 +71,10 @@ def _entropy_inputs(case: Case, generator: torch.Generator) -> list[Tensor]:
     if case.special == "one_hot":
         triplets = torch.zeros_like(triplets)
         triplets[..., 0] = 1e4
+    elif case.special == "tiny_entropy":  # certain but for shares of e^-87 to e^-103: subnormal in float32
+        triplets = -95 - 8 * torch.rand(triplets.shape, dtype=torch.float64, generator=generator)
+        triplets[..., 0] = 0
+        triplets[:, 0, 0, 1] = -88
     elif case.special == "negative_similarity":
         similarity = torch.linspace(-1, 0.3, count, dtype=torch.float64).expand(batch, count).clone()
         similarity[:, 0] = 0
@@ -156,6 +160,7 @@ CASES = (
     _entropy("peaked", 2, 4, 129, scale=8.0),
     _entropy("logits-1e4", 2, 4, 129, scale=1e4),
     _entropy("one-hot", 2, 4, 48, special="one_hot"),
+    _entropy("tiny-entropy", 2, 4, 19, special="tiny_entropy"),
     _entropy("negative-similarity", 2, 4, 48, special="negative_similarity"),
     _entropy("dominant-similarity", 2, 4, 48, special="dominant_similarity"),
     _emotion("paper", 2, 4, 16, 179, 300, 4),
@@ -177,6 +182,8 @@ CASES = (
     _routing("one-triplet", 2, 1, 5, 20),
     _routing("one-frame", 2, 4, 1, 20),
     _routing("many-frames", 2, 5, 67, 19),
+    _routing("thousand-frames", 1, 3, 1000, 9),
+    _routing("many-triplets", 2, 64, 3, 21),
     _routing("empty", 0, 4, 16, 300),
     _routing("logits-1e4", 2, 4, 5, 20, scale=1e4),
 )

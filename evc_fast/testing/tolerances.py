@@ -18,32 +18,39 @@ def largest_error(actual: Tensor, oracle: Tensor) -> float:
     return difference.nan_to_num(nan=float("inf")).max().item()
 
 
-def error_bound(plain: Tensor, oracle: Tensor, factor: float) -> float:
-    """``factor`` times what plain PyTorch errs by, at least one rounding of the largest value.
+def plain_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of the plain PyTorch result that a result in ``dtype`` is held against.
 
-    A largest error is a draw: of few numbers it may be small by luck, so three root mean squares count where they are
-    more.
+    float32 for float64, on equal values: in float64 itself plain PyTorch is the oracle.
+    """
+    return torch.float32 if dtype == torch.float64 else dtype
+
+
+def error_bound(dtype: torch.dtype, plain: Tensor, oracle: Tensor, factor: float) -> float:
+    """What a result in ``dtype`` may err by: ``factor`` times what plain PyTorch does.
+
+    A largest error is a draw, of few numbers it may be small by luck: three root mean squares, and one unit in the last
+    place of the largest value, count where they are more. For float64 the bound of float32 is scaled by the ratio of
+    their roundings, and doubled: the oracle itself errs as much.
     """
     if oracle.numel() == 0:
         return 0.0
     difference = (plain.double() - oracle).nan_to_num(0, 0, 0)
     typical = 3 * difference.square().mean().sqrt().item()
-    largest = oracle.abs().nan_to_num(0, 0, 0).max().item()
-    smallest = torch.finfo(plain.dtype).tiny  # the kernels' exp is 0 below it
-    rounding = torch.finfo(plain.dtype).eps / 2 * largest
-    return factor * max(largest_error(plain, oracle), typical, rounding, 8 * smallest)
+    rounding = torch.finfo(plain.dtype).eps * oracle.abs().nan_to_num(0, 0, 0).max().item()
+    smallest = 8 * torch.finfo(plain.dtype).tiny  # the attention's exp is 0 below it
+    bound = factor * max(largest_error(plain, oracle), typical, rounding, smallest)
+    if dtype == torch.float64:
+        bound *= 2 * torch.finfo(torch.float64).eps / torch.finfo(plain.dtype).eps
+    return bound
 
 
 def assert_as_good_as_plain(actual: Tensor, plain: Tensor, oracle: Tensor, factor: float, what: str) -> None:
     """Fail where ``actual`` strays from the float64 ``oracle`` more than ``factor`` times what ``plain`` does.
 
-    A float64 ``actual`` is held against plain PyTorch's float32 result for the same values, its error scaled by the
-    ratio of the two types' roundings, and doubled: in float64 the oracle itself errs as much.
+    ``plain`` is in the type that :func:`plain_dtype` tells.
     """
     assert actual.shape == plain.shape, f"{what}: {list(actual.shape)}, plain PyTorch gives {list(plain.shape)}"
-    error, bound = largest_error(actual, oracle), error_bound(plain, oracle, factor)
-    if actual.dtype == torch.float64:
-        bound *= 2 * torch.finfo(torch.float64).eps / torch.finfo(plain.dtype).eps
-    else:
-        assert actual.dtype == plain.dtype, f"{what}: {actual.dtype}, plain PyTorch gives {plain.dtype}"
+    assert plain_dtype(actual.dtype) == plain.dtype, f"{what}: {actual.dtype}, plain PyTorch gives {plain.dtype}"
+    error, bound = largest_error(actual, oracle), error_bound(actual.dtype, plain, oracle, factor)
     assert error <= bound, f"{what}: error {error:.3g} against float64, at most {bound:.3g} allowed"
