@@ -191,9 +191,14 @@ def _efficiency_notes(report: dict, here: str) -> list[str]:
     for row in measured:
         served = ", ".join(f"{op} by {name}" for op, name in row["served_by"].items())
         notes.append(
-            f"{row['method']}, {row['decoder']}: {row['time']['captions']} captions timed; {served}; encoder with our "
+            f"{row['method']}, {row['decoder']}: {row['time']['captions']} captions timed, the fastest in "
+            f"{milliseconds(row['time']['min_s'])} ms; {served}; encoder with our "
             f"ops against reference {row['check']['encoder_error']:.1e} relative before timing."
         )
+        if row["time"]["p95_s"] > 1.5 * row["time"]["min_s"]:
+            notes.append(
+                f"{row['method']}, {row['decoder']}: the times scatter, so something else was running here too."
+            )
         notes.extend(
             f"{row['method']}, {row['decoder']}: {stage} not measured, {reason}; random data stands in."
             for stage, reason in row["stand_ins"].items()

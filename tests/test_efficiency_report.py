@@ -113,6 +113,14 @@ def test_stages_that_were_not_measured_say_what_they_need():
     assert "- FACE-net, ours, flan-t5-xl: retrieval not measured, needs faiss; random data stands in." in page
 
 
+def test_times_that_scatter_say_so():
+    assert "the times scatter" not in _report.markdown(report_of([measured_row()]))
+    busy = measured_row(time={"median_s": 2.1, "p95_s": 9.0, "min_s": 2.0, "captions": 3})
+    page = _report.markdown(report_of([busy]))
+    assert "3 captions timed, the fastest in 2,000 ms" in page
+    assert "- FACE-net, ours, flan-t5-xl: the times scatter" in page
+
+
 def test_rows_that_wrote_other_words_say_so():
     other = measured_row(ids=list(range(1, 16)), spec={"quick": False, "impl": "reference"})
     assert "In the decoder's dtype 8 of 65,536 elements" in _report.markdown(report_of([measured_row(), other]))
