@@ -155,7 +155,7 @@ class StandInTowers:
         self.model = torch.nn.Module()
         self.device = spec.device
 
-    def encode_frames(self, frames: torch.Tensor) -> torch.Tensor:
+    def encode_frames(self, frames: torch.Tensor, *, temporal_kernel: int = 1) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
         return torch.randn(*frames.shape[:-3], self.image_dim, generator=generator).to(self.device)
 

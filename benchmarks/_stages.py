@@ -11,6 +11,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
@@ -60,8 +61,9 @@ class ProbedPipeline(CaptionPipeline):
     def read(self, source):
         return self._probed("video decode", super().read, source)
 
-    def encode_frames(self, frames):
-        return self._probed("image tower", super().encode_frames, frames)
+    def encode_frames(self, frames, *, temporal_kernel=1):
+        run = partial(super().encode_frames, temporal_kernel=temporal_kernel)
+        return self._probed("image tower", run, frames)
 
     def retrieve(self, features, video_ids=None):
         return self._probed("retrieval", super().retrieve, features, video_ids)

@@ -7,6 +7,7 @@ imported when that stage is used.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from evc_fast.model.captioner import FaceNet
 from evc_fast.model.config import FaceNetConfig
@@ -130,9 +131,15 @@ class CaptionPipeline:
         model: encoder and decoder.
         emotion_words: the dictionary's W words in the order of E_0, for explanations; None prints "emotion 17".
         impl: which implementation of the fused ops runs; None chooses.
+        temporal_kernel: t of the 3D patch projection, (1), by which the encoder's video features are made; 1 is CLIP's
+            own. Retrieval always uses CLIP's own, so that another t costs a second pass through the image tower.
+
+    Captions are made as in evaluation mode (no dropout), whatever mode the model is in; its mode is left as it is.
 
     Raises:
-        ValueError: widths that do not fit, a missing or superfluous repository, a wrong number of emotion words.
+        ValueError: widths that do not fit, a missing or superfluous repository, a wrong number of emotion words, or a
+            ``temporal_kernel`` below 1.
+        TypeError: ``emotion_words`` is one string.
         EncoderMismatch: the repository was built with other towers.
     """
 
@@ -144,6 +151,7 @@ class CaptionPipeline:
         *,
         emotion_words: Sequence[str] | None = None,
         impl: Impl | None = None,
+        temporal_kernel: int = 1,
     ) -> None:
         config = model.encoder.config
         if towers.image_dim != config.video_dim:
@@ -159,16 +167,21 @@ class CaptionPipeline:
                 raise ValueError(
                     f"repository must hold features of width text_dim = {config.text_dim}, got {repository.width}"
                 )
+        if isinstance(emotion_words, str):
+            raise TypeError(f"emotion_words must be a sequence of words, got one string {emotion_words!r}")
         if emotion_words is not None and len(emotion_words) != config.num_emotions:
             raise ValueError(
                 f"emotion_words must be the {config.num_emotions} words of the encoder's dictionary, "
                 f"got {len(emotion_words)}"
             )
+        if isinstance(temporal_kernel, bool) or not isinstance(temporal_kernel, int) or temporal_kernel < 1:
+            raise ValueError(f"temporal_kernel must be an integer of at least 1, got {temporal_kernel!r}")
         self.towers = towers
         self.repository = repository
         self.model = model
         self.emotion_words = None if emotion_words is None else tuple(emotion_words)
         self.impl = impl
+        self.temporal_kernel = temporal_kernel
 
     @property
     def random_weights(self) -> bool:
@@ -247,10 +260,16 @@ class CaptionPipeline:
 
         Raises:
             VideoError: a file cannot be read.
-            ValueError: ``video_ids`` of another length, features that are not finite, or too few captions to retrieve.
+            ValueError: ``video_ids`` of another length, ``num_emotions`` that is no integer of at least 0, features or
+                tokens that are not finite, or too few captions to retrieve.
+            TypeError: ``sources`` is one path, or ``video_ids`` one string.
         """
         if isinstance(sources, (str, os.PathLike)):
             raise TypeError("sources must be a list of video files, got one path: call the pipeline itself with it")
+        if isinstance(video_ids, str):
+            raise TypeError(f"video_ids must be a list of ids, one a source, got one string {video_ids!r}")
+        if isinstance(num_emotions, bool) or not isinstance(num_emotions, int) or num_emotions < 0:
+            raise ValueError(f"num_emotions must be an integer of at least 0, got {num_emotions!r}")
         if video_ids is not None and len(video_ids) != len(sources):
             raise ValueError(f"video_ids must be as many as sources, {len(sources)}, got {len(video_ids)}")
         if not sources:
@@ -258,12 +277,17 @@ class CaptionPipeline:
         clock = StageClock(self.device)
         with clock("video decode"):
             videos = [self.read(source) for source in sources]
+        frames = [video.frames for video in videos]
         with clock("image tower"):
-            features = self.encode_frames([video.frames for video in videos])
+            features = self.encode_frames(frames, temporal_kernel=self.temporal_kernel)  # V, (1)
         retrieved = None
         if self.repository is not None:
+            plain = features
+            if self.temporal_kernel != 1:
+                with clock("image tower"):
+                    plain = self.encode_frames(frames)
             with clock("retrieval"):
-                retrieved = self.retrieve(features, video_ids)
+                retrieved = self.retrieve(plain, video_ids)
         with clock("encoder"):
             encoded = self.encode(features, retrieved, explain=explain)
         with clock("decoder"):
@@ -288,19 +312,20 @@ class CaptionPipeline:
             raise ModuleNotFoundError(f"reading a video file needs {error.name}", name=error.name) from error
         return read_frames(source, self.model.encoder.config.num_frames)
 
-    def encode_frames(self, frames: Sequence[Tensor]) -> Tensor:
-        """Image features [B, N, D_v] of B videos' frames, each uint8 [N, H, W, 3], in the encoder's device and type.
+    def encode_frames(self, frames: Sequence[Tensor], *, temporal_kernel: int = 1) -> Tensor:
+        """Image features, float32 [B, N, D_v] as the towers give them, of B videos' frames, each uint8 [N, H, W, 3].
 
-        Raises:
-            ValueError: a feature is not finite.
+        ``temporal_kernel`` is t of (1); 1 gives CLIP's own features, which retrieval needs. ValueError where a feature
+        is not finite.
         """
         if len({clip.shape for clip in frames}) == 1:
-            features = self.towers.encode_frames(torch.stack(list(frames)))
+            features = self.towers.encode_frames(torch.stack(list(frames)), temporal_kernel=temporal_kernel)
         else:  # another picture size, another resize
-            features = torch.stack([self.towers.encode_frames(clip) for clip in frames])
+            each = [self.towers.encode_frames(clip, temporal_kernel=temporal_kernel) for clip in frames]
+            features = torch.stack(each)
         if not bool(features.isfinite().all()):
             raise ValueError("image features must be finite: the image tower gave NaN or infinity")
-        return features.to(self.device, self.model.encoder.fact_norm.weight.dtype)
+        return features
 
     def retrieve(self, features: Tensor, video_ids: Sequence[str | None] | None = None) -> Retrieved:
         """The K captions nearest to each of the videos with ``features`` [B, N, D_v], by cosine, (3)-(6).
@@ -313,20 +338,25 @@ class CaptionPipeline:
     def encode(self, features: Tensor, retrieved: Retrieved | None, *, explain: bool = False) -> EncoderOutput:
         """Tokens for the decoder, emotion logits, and on request what explains them, (10)-(29)."""
         encoder = self.model.encoder
-        if retrieved is None:
-            return encoder(features, explain=explain, impl=self.impl)
-        return encoder(
-            features,
-            retrieved.triplets.to(self.device, features.dtype),
-            retrieved.similarity.to(self.device),
-            retrieved.groups.to(self.device),
-            explain=explain,
-            impl=self.impl,
-        )
+        features = features.to(self.device, encoder.fact_norm.weight.dtype)
+        inputs: tuple[Tensor, ...] = ()
+        if retrieved is not None:
+            inputs = (
+                retrieved.triplets.to(self.device, features.dtype),
+                retrieved.similarity.to(self.device),
+                retrieved.groups.to(self.device),
+            )
+        with _evaluation_mode(encoder):
+            return encoder(features, *inputs, explain=explain, impl=self.impl)
 
     def generate(self, tokens: Tensor, **options: Any) -> Tensor:
-        """Caption ids [B, T] of ``tokens`` [B, N_q, d_out]; ``options`` as of the decoder's ``generate``."""
-        return self.model.decoder.generate(tokens, **options)
+        """Caption ids [B, T] of ``tokens`` [B, N_q, d_out]; ``options`` as of the decoder's ``generate``.
+        ValueError where a token is not finite: a search over NaN would end in words all the same.
+        """
+        if not bool(tokens.isfinite().all()):
+            raise ValueError("tokens must be finite: the encoder gave NaN or infinity")
+        with _evaluation_mode(self.model.decoder):
+            return self.model.decoder.generate(tokens, **options)
 
     def _result(
         self,
@@ -410,20 +440,26 @@ def random_model(
     config: dict[str, Any] | None = None,
     seed: int = 0,
 ) -> FaceNet:
-    """Encoder and decoder in their true shape with random weights; arguments as of :meth:`CaptionPipeline.random`."""
+    """Encoder and decoder in their true shape with random weights; arguments as of :meth:`CaptionPipeline.random`.
+
+    Leaves PyTorch's random number generator as it was. ValueError where ``config`` names a width or no field at all.
+    """
     from evc_fast.model.decoders import build_decoder
 
-    options = dict(config or {})
-    if decoder in ("lstm", "transformer"):
-        d = options.get("dim", FaceNetConfig.dim)  # a small decoder reads the common width
-        sizes = {"input_dim": d, "ffn_dim": 4 * d} if decoder == "transformer" else {"input_dim": d}
-        built = build_decoder(decoder, dtype=torch.float32, device=device, seed=seed, **sizes)
-    else:
-        built = build_decoder(decoder, dtype=dtype, device=device, seed=seed)
-    widths = {"video_dim": video_dim, "text_dim": text_dim, "output_dim": built.input_dim}
-    with torch.random.fork_rng(devices=[]):
+    given = sorted({"video_dim", "text_dim", "output_dim"} & set(config or ()))
+    if given:
+        raise ValueError(f"config must leave the widths to the other parts, got {', '.join(given)}")
+    settings = FaceNetConfig.from_dict({**(config or {}), "video_dim": video_dim, "text_dim": text_dim})
+    device = torch.device(device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        if decoder in ("lstm", "transformer"):
+            d = settings.dim  # a small decoder reads the common width
+            sizes = {"input_dim": d, "ffn_dim": 4 * d} if decoder == "transformer" else {"input_dim": d}
+            built = build_decoder(decoder, dtype=torch.float32, device=device, seed=seed, **sizes)
+        else:
+            built = build_decoder(decoder, dtype=dtype, device=device, seed=seed)
         torch.manual_seed(seed)
-        encoder = FaceNetEncoder(FaceNetConfig(**{**options, **widths})).to(device)
+        encoder = FaceNetEncoder(dataclasses.replace(settings, output_dim=built.input_dim)).to(device)
     return FaceNet(encoder, built).eval()
 
 
@@ -443,6 +479,19 @@ def random_repository(towers: ClipTowers, size: int, *, seed: int = 0) -> Captio
         encoder_fingerprint=towers.fingerprint,
         random_weights=True,
     )
+
+
+@contextmanager
+def _evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """No dropout inside; afterwards every submodule is in the mode that it was in."""
+    training = [part for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 def _shares(pairs: Sequence[tuple[str, float]]) -> str:

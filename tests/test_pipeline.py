@@ -154,9 +154,151 @@ def test_features_that_are_not_finite_are_refused(pipeline, monkeypatch):
     frames = torch.zeros(4, 48, 64, 3, dtype=torch.uint8)
     features = torch.ones(1, 4, 32)
     features[0, 2, 5] = float("nan")
-    monkeypatch.setattr(pipeline.towers, "encode_frames", lambda _: features)
+    monkeypatch.setattr(pipeline.towers, "encode_frames", lambda *_, **__: features)
     with pytest.raises(ValueError, match="image features must be finite"):
         pipeline.encode_frames([frames])
+
+
+def test_tokens_that_are_not_finite_are_not_decoded(pipeline, clip, monkeypatch):
+    right = pipeline.model.encoder.forward
+
+    def damaged(*inputs, **options):
+        encoded = right(*inputs, **options)
+        return encoded._replace(tokens=encoded.tokens.index_fill(1, torch.tensor([2]), float("nan")))
+
+    monkeypatch.setattr(pipeline.model.encoder, "forward", damaged)
+    with pytest.raises(ValueError, match="tokens must be finite"):
+        pipeline(clip)
+
+
+@pytest.mark.parametrize("decoder", ["tiny-t5", "transformer"])
+def test_a_model_in_training_mode_captions_without_dropout_and_stays_as_it_is(decoder, clip):
+    pipeline = tiny_pipeline(decoder, dropout=0.5)
+    features = pipeline.encode_frames([pipeline.read(clip).frames])
+    retrieved = pipeline.retrieve(features)
+    wanted = pipeline.encode(features, retrieved).tokens
+    caption = pipeline(clip, max_new_tokens=5).ids
+    pipeline.model.train()
+    pipeline.model.encoder.qformer.eval()  # a part that its trainer has frozen
+    modes = [part.training for part in pipeline.model.modules()]
+    for _ in range(2):
+        assert torch.equal(pipeline.encode(features, retrieved).tokens, wanted)
+        assert torch.equal(pipeline(clip, max_new_tokens=5).ids, caption)
+    assert [part.training for part in pipeline.model.modules()] == modes
+
+
+def test_the_temporal_kernel_changes_the_video_features_and_not_the_retrieval(pipeline, clip, monkeypatch):
+    plain = pipeline.encode_frames([pipeline.read(clip).frames])
+    wide = CaptionPipeline(pipeline.towers, pipeline.repository, pipeline.model, temporal_kernel=3)
+    calls, encoded = [], []
+    tower, encoder = pipeline.towers.encode_frames, pipeline.model.encoder.forward
+
+    def encode_frames(frames, *, temporal_kernel=1):
+        calls.append(temporal_kernel)
+        return tower(frames, temporal_kernel=temporal_kernel)
+
+    def forward(features, *inputs, **options):
+        encoded.append(features)
+        return encoder(features, *inputs, **options)
+
+    monkeypatch.setattr(pipeline.towers, "encode_frames", encode_frames)
+    monkeypatch.setattr(pipeline.model.encoder, "forward", forward)
+    first, second = pipeline(clip, max_new_tokens=2), wide(clip, max_new_tokens=2)
+    assert sorted(calls) == [1, 1, 3]  # one pass suffices where t = 1
+    assert torch.equal(encoded[0], plain)
+    assert torch.equal(encoded[1], tower(pipeline.read(clip).frames[None], temporal_kernel=3))
+    assert not torch.allclose(encoded[1], plain, atol=1e-3)
+    for one, other in zip(first.retrieved, second.retrieved, strict=True):
+        assert (one.caption, one.similarity) == (other.caption, other.similarity)
+    with pytest.raises(ValueError, match="temporal_kernel must be an integer of at least 1, got 0"):
+        CaptionPipeline(pipeline.towers, pipeline.repository, pipeline.model, temporal_kernel=0)
+
+
+def test_retrieval_reads_float32_whatever_the_encoder_computes_in(clip, monkeypatch):
+    pipeline = tiny_pipeline("lstm")
+    wanted = pipeline(clip, max_new_tokens=2).retrieved
+    pipeline.model.bfloat16()
+    searched = []
+    search = pipeline.repository.search
+    monkeypatch.setattr(pipeline.repository, "search", lambda f, **options: searched.append(f) or search(f, **options))
+    found = pipeline(clip, max_new_tokens=2).retrieved
+    assert searched[0].dtype == torch.float32
+    assert [(f.caption, f.similarity) for f in found] == [(f.caption, f.similarity) for f in wanted]
+
+
+def test_equal_triplets_are_merged_by_the_repositorys_groups(clip):
+    """Of three retrieved captions two share their lemmas: the encoder must be told which."""
+    from evc_fast.data.repository import CaptionRepository, distinct_parts
+
+    towers = tiny_pipeline("lstm").towers
+    generator = torch.Generator().manual_seed(3)
+    triplets = [[("man", "ride", "horse"), ("dog", "chase", "ball")][number % 3 == 0] for number in range(10)]
+    repository = CaptionRepository.from_features(
+        [f"caption {number}" for number in range(10)],
+        [f"video {number}" for number in range(10)],
+        triplets,
+        torch.randn(10, towers.text_dim, generator=generator),
+        torch.randn(len(distinct_parts(triplets)[0]), towers.text_dim, generator=generator),
+        encoder_fingerprint=towers.fingerprint,
+        random_weights=True,
+    )
+    config = TINY | {"merge_identical_triplets": True}
+    model = random_model("lstm", video_dim=towers.image_dim, text_dim=towers.text_dim, config=config)
+    pipeline = CaptionPipeline(towers, repository, model)
+    result = pipeline(clip, max_new_tokens=2)
+    texts = [fact.triplet for fact in result.retrieved]
+    assert len(set(texts)) == 2  # two triplets in three places
+    features = pipeline.encode_frames([pipeline.read(clip).frames])
+    found = pipeline.retrieve(features)
+
+    def weights(groups):
+        encoded = model.encoder(features, found.triplets, found.similarity, torch.tensor([groups]), explain=True)
+        return encoded.explanation.triplet_weights
+
+    merged = weights([texts.index(text) for text in texts])
+    torch.testing.assert_close(result.explanation.triplet_weights, merged)
+    assert not torch.allclose(merged, weights([0, 1, 2]), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"num_triplets": 1},
+        {"order": "emotion_first"},
+        {"router": "video"},
+        {"bias_adjustment": False},
+        {"retrieval": False},
+        {"merge_identical_triplets": True},
+    ],
+    ids=lambda config: "-".join(map(str, *config.items())),
+)
+def test_every_setting_captions_a_batch_as_its_videos_alone(config, clip, tmp_path):
+    other = write_clip(tmp_path / "other.mp4", frames=5, width=32, height=80)
+    pipeline = tiny_pipeline("tiny-t5", **config)
+    together = pipeline.caption_batch([clip, other], max_new_tokens=4, min_new_tokens=4)
+    for path, result in zip((clip, other), together, strict=True):
+        alone = pipeline(path, max_new_tokens=4, min_new_tokens=4)
+        assert torch.equal(result.ids, alone.ids)
+        assert len(result.retrieved) == (pipeline.model.encoder.config.num_triplets if pipeline.repository else 0)
+        for one, single in zip(result.retrieved, alone.retrieved, strict=True):
+            assert one.caption == single.caption
+            assert one.routing_weight == pytest.approx(single.routing_weight, rel=1e-4)
+            assert one.component_weights == pytest.approx(single.component_weights, rel=1e-4)
+        assert result.emotions[0][1] == pytest.approx(alone.emotions[0][1], rel=1e-4)
+        assert result.describe().startswith("caption: ")
+
+
+def test_random_parts_leave_the_random_numbers_alone():
+    for decoder in ("lstm", "tiny-t5"):
+        state = torch.get_rng_state()
+        tiny_pipeline(decoder)
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("width", ["video_dim", "text_dim", "output_dim"])
+def test_widths_in_a_random_models_configuration_are_refused(width):
+    with pytest.raises(ValueError, match=f"config must leave the widths to the other parts, got {width}"):
+        random_model("lstm", config=TINY | {width: 24})
 
 
 def test_bad_input_is_named(pipeline, clip, tmp_path):
@@ -164,6 +306,11 @@ def test_bad_input_is_named(pipeline, clip, tmp_path):
         pipeline.caption_batch(str(clip))
     with pytest.raises(ValueError, match="video_ids must be as many as sources, 1, got 2"):
         pipeline.caption_batch([clip], video_ids=["a", "b"])
+    with pytest.raises(TypeError, match="video_ids must be a list of ids, one a source, got one string 'a'"):
+        pipeline.caption_batch([clip], video_ids="a")
+    for count in (-1, 2.0, True):
+        with pytest.raises(ValueError, match=f"num_emotions must be an integer of at least 0, got {count}"):
+            pipeline(clip, num_emotions=count)
     text = tmp_path / "text.mp4"
     text.write_text("no video")
     with pytest.raises(ValueError, match=r"text\.mp4"):
@@ -183,6 +330,8 @@ def test_parts_that_do_not_fit_are_refused(pipeline):
         CaptionPipeline(towers, None, model)
     with pytest.raises(ValueError, match="emotion_words must be the 7 words"):
         CaptionPipeline(towers, repository, model, emotion_words=["joy"])
+    with pytest.raises(TypeError, match="emotion_words must be a sequence of words, got one string 'sadness'"):
+        CaptionPipeline(towers, repository, model, emotion_words="sadness")
     with pytest.raises(EncoderMismatch):
         CaptionPipeline(ClipTowers.random("tiny", seed=1), repository, model)
 
