@@ -20,7 +20,7 @@ DECODERS = ("flan-t5-xl", "opt-2.7b", "lstm", "transformer")
 LLMS = ("flan-t5-xl", "opt-2.7b")
 NUM_BEAMS = 5
 NEW_TOKENS = 15
-PROCESS_BYTES = 1_400_000_000  # the libraries, the repository, and what one caption holds on its way
+PROCESS_BYTES = 850_000_000  # the libraries, the repository, and what one caption holds on its way
 QUICK_PROCESS_BYTES = 700_000_000
 
 TINY = {"flan-t5-xl": "tiny-t5", "opt-2.7b": "tiny-opt", "lstm": "lstm", "transformer": "transformer"}

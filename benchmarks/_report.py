@@ -9,6 +9,7 @@ from pathlib import Path
 from _published import GPU, TABLE_6
 
 MISSING = "-"
+FIGURE_NAME = "efficiency.png"
 RANDOM_WEIGHTS = (
     "All measured rows have random weights in the true shape: time and memory do not depend on them, the words do, so "
     "they have no CFS."
@@ -182,6 +183,7 @@ def _efficiency_notes(report: dict, here: str) -> list[str]:
         "decoder. Trainable: the encoder, and the small decoder or the LLM's LoRA adapter, before it is merged.",
         "Memory: largest resident set of the row's own process up to the last of the single captions, loading included"
         + (", and the largest reservation on the GPU." if on_gpu else "."),
+        "An LLM's search is the generate of transformers in both of its rows; the rows differ in the fused ops alone.",
         "Rows run one after another in processes of their own with the same threads, so a change of the machine's load "
         "between them falls on one alone.",
     ]
@@ -308,10 +310,12 @@ def tables(report: dict) -> list[Table]:
     return [efficiency_table(report), *stages]
 
 
-def markdown(report: dict) -> str:
-    """The report as a Markdown page."""
+def markdown(report: dict, *, figure: bool = False) -> str:
+    """The report as a Markdown page, with a link to its figure where one is drawn."""
     lines = ["# Efficiency of FACE-net, measured", "", *(f"- {line}" for line in header(report)), ""]
-    lines += ["**Random weights.** " + RANDOM_WEIGHTS, "", "![latency and memory](efficiency.png)", ""]
+    lines += ["**Random weights.** " + RANDOM_WEIGHTS, ""]
+    if figure:
+        lines += [f"![latency and memory]({FIGURE_NAME})", ""]
     return "\n".join([*lines, *(table.markdown() for table in tables(report))])
 
 
@@ -326,10 +330,10 @@ def print_report(report: dict, console) -> None:
             console.print(f"- {note}", markup=False, highlight=False)
 
 
-def save(report: dict, folder: Path) -> list[Path]:
+def save(report: dict, folder: Path, *, figure: bool = False) -> list[Path]:
     """Write efficiency.json and efficiency.md; the figure is `_figure.draw`'s."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "efficiency.json", folder / "efficiency.md"]
     paths[0].write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    paths[1].write_text(markdown(report), encoding="utf-8")
+    paths[1].write_text(markdown(report, figure=figure), encoding="utf-8")
     return paths

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from _figure import draw
 from _published import GPU, TABLE_6
-from _report import add_floors, print_report, save
+from _report import FIGURE_NAME, add_floors, print_report, save
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -51,14 +51,69 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=positive, help="captions timed a row; default: as the time allows, 3 to 50")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder of the results (default: %(default)s)")
     arguments = parser.parse_args(argv)
-    names = list(DECODERS) if arguments.decoder == "all" else list(dict.fromkeys(arguments.decoder.split(",")))
-    unknown = [name for name in names if name not in DECODERS]
-    if unknown:
-        parser.error(f"argument --decoder: {', '.join(unknown)} is not among {', '.join(DECODERS)}, all")
-    if arguments.video is not None and not arguments.video.is_file():
-        parser.error(f"argument --video: there is no file {arguments.video}")
-    arguments.decoders = names
+    try:
+        arguments.decoders = decoder_names(arguments.decoder)
+        check_device(arguments.device)
+        check_video(arguments.video)
+        check_folder(arguments.out)
+    except argparse.ArgumentTypeError as error:
+        parser.error(str(error))
     return arguments
+
+
+def decoder_names(text: str) -> list[str]:
+    """The decoders of a list separated by commas, in its order, each once; "all" stands for those not yet named."""
+    names = [name.strip() for name in text.split(",")]
+    if "" in names:
+        raise argparse.ArgumentTypeError(f"argument --decoder: an entry of {text!r} is empty")
+    unknown = [name for name in names if name not in (*DECODERS, "all")]
+    if unknown:
+        raise argparse.ArgumentTypeError(
+            f"argument --decoder: {', '.join(unknown)} is not among {', '.join(DECODERS)}, all"
+        )
+    return list(dict.fromkeys(each for name in names for each in (DECODERS if name == "all" else (name,))))
+
+
+def check_device(name: str) -> None:
+    """Refuse what is neither the CPU nor a GPU that this PyTorch sees."""
+    kind, _, index = name.partition(":")
+    if name != "cpu" and (kind != "cuda" or (":" in name and not index.isdecimal())):
+        raise argparse.ArgumentTypeError(f"argument --device: must be cpu, cuda or cuda:N, got {name!r}")
+    if kind == "cuda":
+        import torch
+
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if int(index or 0) >= count:
+            raise argparse.ArgumentTypeError(f"argument --device: there is no {name}, this PyTorch sees {count} GPUs")
+
+
+def check_video(path: Path | None) -> None:
+    """Refuse a path that is no video file, as far as what is installed can tell."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"argument --video: {path} is a folder, expected a video file")
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"argument --video: there is no file {path}")
+    if importlib.util.find_spec("av") is not None:
+        from evc_fast.data.video import read_frames
+
+        try:
+            read_frames(path, 1)
+        except (ValueError, OSError) as error:
+            raise argparse.ArgumentTypeError(f"argument --video: {error}") from error
+
+
+def check_folder(folder: Path) -> None:
+    """Create the folder of the results and write into it once, before minutes are spent on measuring."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise argparse.ArgumentTypeError(
+            f"argument --out: cannot write into {folder}: {error.strerror or error}"
+        ) from error
 
 
 def positive(text: str) -> int:
@@ -220,12 +275,15 @@ def main(argv: list[str] | None = None) -> int:
     console.print("FACE-net's efficiency, measured here. Weights are random: times and memory are real, words are not.")
     report, good = measure(arguments, console)
     print_report(report, console)
-    paths = save(report, arguments.out)
+    figure = arguments.out / FIGURE_NAME
+    figure.unlink(missing_ok=True)  # that of an earlier run is not of these figures
+    drawn = importlib.util.find_spec("matplotlib") is not None
+    paths = save(report, arguments.out, figure=drawn)
     console.print()
-    if importlib.util.find_spec("matplotlib") is None:
-        console.print("No figure: needs matplotlib")
+    if drawn:
+        paths.append(draw(report, figure))
     else:
-        paths.append(draw(report, arguments.out / "efficiency.png"))
+        console.print("No figure: needs matplotlib")
     console.print(f"Saved {', '.join(str(path) for path in paths)}", markup=False, highlight=False, soft_wrap=True)
     for record in report["rows"]:
         if record["status"] == "failed":

@@ -234,7 +234,7 @@ def test_a_row_that_lacks_memory_is_skipped(monkeypatch):
     spec = dataclasses.replace(SPEC, decoder="flan-t5-xl", dtype="bfloat16", quick=False)
     row = _row.run_row(spec, lambda *_: None)
     assert row["status"] == "skipped"
-    assert row["reason"] == "needs about 7.7 GB of memory, 2.0 GB is free"
+    assert row["reason"] == "needs about 7.2 GB of memory, 2.0 GB is free"
 
 
 def test_a_row_without_its_device_is_skipped(monkeypatch):
@@ -339,7 +339,10 @@ def test_arguments():
     assert (arguments.device, arguments.dtype) == ("cpu", "bf16")
     assert arguments.out == BENCHMARKS / "results" / "local"
     assert efficiency.parse_arguments(["--decoder", "all"]).decoders == list(efficiency.DECODERS)
-    arguments = efficiency.parse_arguments(["--decoder", "lstm,opt-2.7b"])
+    assert efficiency.parse_arguments(["--decoder", "lstm, all"]).decoders == [
+        "lstm", "flan-t5-xl", "opt-2.7b", "transformer",
+    ]  # fmt: skip
+    arguments = efficiency.parse_arguments(["--decoder", "lstm, opt-2.7b"])
     specs = [_parts.RowSpec(**spec) for spec in efficiency.row_specs(arguments, None)]
     assert [(spec.decoder, spec.impl) for spec in specs] == [
         ("lstm", "reference"),
@@ -353,6 +356,12 @@ def test_arguments():
     ("argv", "message"),
     [
         (["--decoder", "gpt,lstm"], "argument --decoder: gpt is not among"),
+        (["--decoder", "lstm,,transformer"], "argument --decoder: an entry of 'lstm,,transformer' is empty"),
+        (["--decoder", ""], "argument --decoder: an entry of '' is empty"),
+        (["--device", "gpu"], "argument --device: must be cpu, cuda or cuda:N, got 'gpu'"),
+        (["--device", "cuda:x"], "argument --device: must be cpu, cuda or cuda:N, got 'cuda:x'"),
+        (["--device", "cuda:99"], "argument --device: there is no cuda:99, this PyTorch sees"),
+        (["--video", str(BENCHMARKS)], "is a folder, expected a video file"),
         (["--video", "absent.mp4"], "argument --video: there is no file absent.mp4"),
         (["--threads", "0"], "must be a positive integer, got '0'"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
@@ -363,6 +372,44 @@ def test_bad_arguments_are_named(argv, message, capsys):
         efficiency.parse_arguments(argv)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_cannot_be_read_or_written_is_refused_before_measuring(tmp_path, capsys):
+    pytest.importorskip("av")
+    text = tmp_path / "text.mp4"
+    text.write_text("no video")
+    for argv, message in (
+        (["--video", str(text)], "argument --video: "),
+        (["--out", str(text / "results")], "argument --out: cannot write into"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            efficiency.parse_arguments(argv)
+        assert stop.value.code == 2
+        said = capsys.readouterr().err
+        assert message in said
+        assert "text.mp4" in said
+
+
+def test_memory_asked_for_is_near_the_peaks_measured():
+    """Peaks on a CPU: FLAN-T5-XL in bfloat16 7.05 GB, the LSTM decoder 1.31 GB."""
+    full = dataclasses.replace(SPEC, quick=False)
+    for decoder, dtype, peak in (("flan-t5-xl", "bfloat16", 7.05e9), ("lstm", "float32", 1.31e9)):
+        needed = _parts.bytes_needed(dataclasses.replace(full, decoder=decoder, dtype=dtype))
+        assert peak <= needed <= peak + 0.3e9
+
+
+def test_without_matplotlib_no_figure_is_linked_or_left(monkeypatch, tmp_path):
+    monkeypatch.setattr(efficiency, "run_task", lambda *_: ({"status": "skipped", "reason": "not tried"}, True))
+    find = efficiency.importlib.util.find_spec
+    assert efficiency.main(["--quick", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "efficiency.png").exists()
+    assert "(efficiency.png)" in (tmp_path / "efficiency.md").read_text()
+    monkeypatch.setattr(
+        efficiency.importlib.util, "find_spec", lambda name, *rest: None if name == "matplotlib" else find(name, *rest)
+    )
+    assert efficiency.main(["--quick", "--out", str(tmp_path)]) == 0
+    assert not (tmp_path / "efficiency.png").exists()
+    assert "efficiency.png" not in (tmp_path / "efficiency.md").read_text()
 
 
 def test_the_machine_is_measured_on_a_small_scale():
