@@ -178,6 +178,8 @@ def test_emotion_features_are_copied():
         (torch.zeros(12), {}, ValueError, r"\[num_emotions, emotion_dim\] = \[7, 12\], got shape \[12\]"),
         (torch.zeros(7, 12).long(), {}, TypeError, "must be a floating tensor .* got torch.int64"),
         ([[0.0]], {}, TypeError, "must be a floating tensor .* got list"),
+        (torch.ones(7, 12).index_fill(0, torch.tensor([2]), float("nan")), {}, ValueError, r"finite, rows \[2\] hold"),
+        (torch.ones(7, 12).index_fill(0, torch.tensor([6]), float("-inf")), {}, ValueError, r"finite, rows \[6\] hold"),
         (torch.zeros(7, 12), {"emotion_augmentation": False}, ValueError, "emotion_features must be None"),
     ],
 )

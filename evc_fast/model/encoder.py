@@ -66,8 +66,8 @@ class FaceNetEncoder(nn.Module):
         random_emotion_features: True where E_0 is the random stand-in; saved and loaded with the model.
 
     Raises:
-        TypeError, ValueError: ``emotion_features`` is not a floating tensor [num_emotions, emotion_dim], or is given
-            without emotion augmentation.
+        TypeError, ValueError: ``emotion_features`` is not a finite floating tensor [num_emotions, emotion_dim], or is
+            given without emotion augmentation.
     """
 
     emotion_features: Tensor  # E_0 of (2)
@@ -342,6 +342,9 @@ def _check_emotion_features(emotion_features: Tensor | None, config: FaceNetConf
         raise ValueError(
             f"emotion_features must be [num_emotions, emotion_dim] = {shape}, got shape {list(emotion_features.shape)}"
         )
+    if emotion_features.device.type != "meta" and not bool(emotion_features.isfinite().all()):
+        words = (~emotion_features.isfinite()).any(dim=1).nonzero()[:, 0].tolist()
+        raise ValueError(f"emotion_features must be finite, rows {words[:10]} hold NaN or infinity")
 
 
 def _random_emotion_features(config: FaceNetConfig) -> Tensor:
