@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["MAX_CAPTION_WORDS", "PAPER_VOCABULARY_SIZE", "Vocabulary", "caption_words", "cut_words"]
+__all__ = ["MAX_CAPTION_WORDS", "PAPER_VOCABULARY_SIZE", "Vocabulary", "caption_words", "check_captions", "cut_words"]
 
 MAX_CAPTION_WORDS = 15  # "the maximum length of captions is set to 15": words, not tokens
 PAPER_VOCABULARY_SIZE = 14_034  # of EVC-Combine, which has the most words
@@ -33,6 +33,18 @@ def caption_words(text: str, max_words: int | None = MAX_CAPTION_WORDS) -> list[
 def cut_words(text: str, max_words: int | None = MAX_CAPTION_WORDS) -> str:
     """`text` cut after `max_words` words (split on white space, otherwise as written); None does not cut."""
     return " ".join(text.split()[:max_words])
+
+
+def check_captions(captions: Iterable[str]) -> list[str]:
+    """The captions as a list. Raises ValueError unless they are several strings; a bare string is not."""
+    found = type(captions).__name__
+    if not isinstance(captions, str) and isinstance(captions, Iterable):
+        captions = list(captions)
+        others = [type(caption).__name__ for caption in captions if not isinstance(caption, str)]
+        if not others:
+            return captions
+        found = f"one that holds a {others[0]}"
+    raise ValueError(f"captions must be a list of strings, got {'a str' if found == 'str' else found}")
 
 
 class Vocabulary:
@@ -99,7 +111,7 @@ class Vocabulary:
 
     def encode_batch(self, captions: Sequence[str], max_words: int | None = MAX_CAPTION_WORDS) -> Tensor:
         """Target ids [B, T] int64 of a list of captions, each ending in <eos>, then <pad>."""
-        return pad_sequences([self.encode(caption, max_words) for caption in captions], self.pad_id)
+        return pad_sequences([self.encode(caption, max_words) for caption in check_captions(captions)], self.pad_id)
 
     def decode(self, ids: Sequence[int], max_words: int | None = MAX_CAPTION_WORDS) -> str:
         """The words up to <eos>, without <pad> and <bos>, cut to `max_words`. Raises ValueError on an unknown id."""
@@ -123,7 +135,7 @@ class Vocabulary:
         """Read what `save` wrote. Raises ValueError where the file is something else."""
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise ValueError(f"{path} is not a vocabulary: not JSON ({error})") from error
         if not isinstance(content, dict) or set(content) != {"random", "words"}:
             raise ValueError(f'{path} is not a vocabulary: expected a JSON object with "random" and "words"')
