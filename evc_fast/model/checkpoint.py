@@ -39,6 +39,14 @@ def write_folder(folder: str | os.PathLike[str], config: Mapping[str, Any], tens
             path.unlink(missing_ok=True)
 
 
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """What a JSON file holds. Raises ValueError, which names the file, where it is not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+
+
 def read_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read what :func:`write_folder` wrote: the configuration, and the tensors on the CPU in their stored types.
 
@@ -52,10 +60,7 @@ def read_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[st
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}: expected what save_pretrained writes")
-    try:
-        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder / CONFIG_NAME} is not JSON: {error}") from error
+    config = read_json(folder / CONFIG_NAME)
     if not isinstance(config, dict):
         raise ValueError(f"{folder / CONFIG_NAME} must hold a JSON object, it holds a {type(config).__name__}")
     try:
