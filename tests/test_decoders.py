@@ -27,7 +27,7 @@ NAMES = ["lstm", "transformer", "tiny-t5", "tiny-opt"]
 LLM_NAMES = NAMES[2:]
 SMALL_NAMES = NAMES[:2]
 # Added to EOS's logit, so that the captions of random weights end, at different lengths.
-END_BIAS = {"lstm": 1.2, "transformer": 5.0, "tiny-t5": 2.5, "tiny-opt": 2.5}
+END_BIAS = {"lstm": 1.2, "transformer": 8.0, "tiny-t5": 2.5, "tiny-opt": 2.5}
 WORDS = [f"w{index}" for index in range(26)]
 
 
@@ -80,6 +80,8 @@ def test_greedy_generation_follows_the_teacher_forced_logits(name):
     for _ in range(7):
         with torch.no_grad():
             logits = decoder(tokens, torch.cat((ids, ids.new_zeros(3, 1)), dim=1))
+        if name in SMALL_NAMES:
+            logits[..., [0, 1, 3]] = float("-inf")  # <pad>, <bos> and <unk> are never generated
         ids = torch.cat((ids, logits[:, -1].argmax(-1, keepdim=True)), dim=1)
     generated = decoder.generate(tokens, num_beams=1, max_new_tokens=7)
     for row, expected in zip(generated.tolist(), ids.tolist(), strict=True):
@@ -327,7 +329,7 @@ def test_a_saved_decoder_comes_back(name, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match='no "decoder"'):
         load_decoder(tmp_path)
-    with pytest.raises(ValueError, match="not a saved decoder"):
+    with pytest.raises(FileNotFoundError, match="not a saved decoder"):
         load_decoder(tmp_path / "nowhere")
 
 

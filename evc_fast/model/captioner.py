@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from evc_fast.model.checkpoint import CONFIG_NAME
+from evc_fast.model.checkpoint import CONFIG_NAME, read_json
 from evc_fast.model.decoders import load_decoder
+from evc_fast.model.decoders.base import evaluation_mode
 from evc_fast.model.encoder import Explanation, FaceNetEncoder
 from evc_fast.ops.dispatch import Impl
 
@@ -97,12 +98,8 @@ class FaceNet(nn.Module):
 
         Runs as in evaluation mode (no dropout), whatever mode the model is in.
         """
-        was_training = self.encoder.training
-        self.encoder.eval()
-        try:
+        with evaluation_mode(self.encoder):
             encoded = self.encoder(video, triplets, similarity, groups, explain=explain, impl=impl)
-        finally:
-            self.encoder.train(was_training)
         ids = self.decoder.generate(
             encoded.tokens,
             num_beams=num_beams,
@@ -153,10 +150,7 @@ class FaceNet(nn.Module):
         path = Path(folder) / CONFIG_NAME
         if not path.is_file():
             raise FileNotFoundError(f"{folder} has no {CONFIG_NAME}: expected what FaceNet.save_pretrained writes")
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
+        config = read_json(path)
         if (
             not isinstance(config, dict)
             or set(config) != {"class", "random_weights"}

@@ -73,14 +73,14 @@ def build_decoder(
 
     Args:
         name: "flan-t5-xl" or "opt-2.7b" ("tiny-t5", "tiny-opt": their make in a small shape), "lstm" or "transformer".
-        checkpoint: for an LLM, the name or folder of any T5- or OPT-family checkpoint, or a saved decoder; for a small
-            decoder, what its `save_pretrained` wrote. None: the true shape with random weights.
+        checkpoint: for an LLM, the name or folder of any checkpoint of its family (T5, OPT), or a saved decoder of it;
+            for a small decoder, what its `save_pretrained` wrote. None: the true shape with random weights.
         vocabulary: words of a new small decoder; None: a placeholder of the paper's size, whose words are ids.
         dtype: of the weights; None: bfloat16 for an LLM and float32 for a small decoder, or what was saved.
         device: where it runs.
         options: an LLM's `lora` and `prompt`, and `seed` of random weights; fields of a new small decoder's config.
 
-    Raises: ValueError on an unknown name, or a vocabulary where none is taken.
+    Raises: ValueError on an unknown name, a vocabulary where none is taken, or a checkpoint of the other family.
     """
     if name in _LLM_NAMES:
         from evc_fast.model.decoders.llm import LLMDecoder
@@ -88,7 +88,8 @@ def build_decoder(
         if vocabulary is not None:
             raise ValueError(f'vocabulary must be None for "{name}", which has its own')
         if checkpoint is not None:
-            return LLMDecoder.from_pretrained(checkpoint, dtype=dtype, device=device, **options)
+            family = "t5" if "t5" in name else "opt"
+            return LLMDecoder.from_pretrained(checkpoint, dtype=dtype, device=device, family=family, **options)
         return LLMDecoder.random(name, dtype=dtype or torch.bfloat16, device=device, **options)
     if name not in _SMALL_NAMES:
         raise ValueError(f'name must be one of {", ".join((*_LLM_NAMES, *_SMALL_NAMES))}, got "{name}"')
@@ -102,17 +103,22 @@ def build_decoder(
             raise ValueError("vocabulary and options must not be given with a checkpoint, which has its own")
         return decoder_class.from_pretrained(checkpoint, dtype=dtype, device=device)
     seed = options.pop("seed", None)
-    if seed is not None:
-        torch.manual_seed(seed)
     config = decoder_class.config_class.from_dict(options)
     vocabulary = Vocabulary.placeholder() if vocabulary is None else vocabulary
-    return decoder_class(config, vocabulary).to(device=device, dtype=dtype).eval()
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):  # the caller's numbers go on as they were
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+        decoder = decoder_class(config, vocabulary)
+    return decoder.to(device=device, dtype=dtype).eval()
 
 
 def load_decoder(
     folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> LLMDecoder | SmallDecoder:
-    """Read a decoder of any kind that its `save_pretrained` wrote. Raises ValueError where the folder holds none."""
+    """Read a decoder of any kind that its `save_pretrained` wrote.
+
+    Raises: FileNotFoundError where a file is missing, ValueError where one is damaged or holds something else.
+    """
     from evc_fast.model.decoders.base import read_config
 
     kind = read_config(folder)["decoder"]

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 from abc import abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from evc_fast.decoding import beam_search, check_search_options
+from evc_fast.model.checkpoint import CONFIG_NAME, WEIGHTS_NAME, assign_strictly, read_folder, read_json, write_folder
 from evc_fast.model.decoders.vocabulary import MAX_CAPTION_WORDS, Vocabulary
 
-__all__ = ["CONFIG_FILE", "SmallDecoder", "SmallDecoderConfig", "check_targets", "check_tokens", "read_config"]
+__all__ = ["SmallDecoder", "SmallDecoderConfig", "check_targets", "check_tokens", "evaluation_mode", "read_config"]
 
-CONFIG_FILE = "config.json"
-_WEIGHTS_FILE = "model.safetensors"
 _VOCABULARY_FILE = "vocabulary.json"
 
 
@@ -34,8 +33,8 @@ def check_tokens(tokens: Tensor, input_dim: int, device: torch.device) -> None:
         raise ValueError(f"tokens must be on the decoder's device {device}, got {tokens.device}")
 
 
-def check_targets(target_ids: Tensor, tokens: Tensor) -> None:
-    """Raise ValueError unless target_ids is int64 [B, T >= 1] with the B and the device of tokens."""
+def check_targets(target_ids: Tensor, tokens: Tensor, num_words: int) -> None:
+    """Raise ValueError unless target_ids is int64 [B, T >= 1] in 0..num_words - 1, with the B and device of tokens."""
     expected = f"an int64 tensor [{tokens.shape[0]}, T] with T >= 1"
     if not isinstance(target_ids, Tensor):
         raise ValueError(f"target_ids must be {expected}, got {type(target_ids).__name__}")
@@ -44,14 +43,34 @@ def check_targets(target_ids: Tensor, tokens: Tensor) -> None:
         raise ValueError(f"target_ids must be {expected}, got {target_ids.dtype} of shape {shape}")
     if target_ids.device != tokens.device:
         raise ValueError(f"target_ids must be on the device of tokens, {tokens.device}, got {target_ids.device}")
+    # Values are read only where there are any; while a graph is traced they would break it.
+    if target_ids.numel() and target_ids.device.type != "meta" and not torch.compiler.is_compiling():
+        least, most = (int(bound) for bound in target_ids.aminmax())
+        if least < 0 or most >= num_words:
+            raise ValueError(f"target_ids must lie in 0..{num_words - 1}, got ids from {least} to {most}")
+
+
+@contextlib.contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every submodule has the training flag it had, whether or not its parent's."""
+    flags = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in flags:
+            part.training = training
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """The config.json of a saved decoder, which names its kind under "decoder"."""
-    path = Path(folder) / CONFIG_FILE
+    """The config.json of a saved decoder, which names its kind under "decoder".
+
+    Raises: FileNotFoundError where there is none, ValueError where it is something else.
+    """
+    path = Path(folder) / CONFIG_NAME
     if not path.is_file():
-        raise ValueError(f"{folder} is not a saved decoder: it has no {CONFIG_FILE}")
-    content = json.loads(path.read_text(encoding="utf-8"))
+        raise FileNotFoundError(f"{folder} is not a saved decoder: it has no {CONFIG_NAME}")
+    content = read_json(path)
     if not isinstance(content, dict) or "decoder" not in content:
         raise ValueError(f'{path} is not the config of a saved decoder: it has no "decoder"')
     return content
@@ -162,6 +181,8 @@ class SmallDecoder(nn.Module):
     ) -> Tensor:
         """Caption ids [B, T] int64 by beam search, without the start token, padded after EOS. Dropout is off.
 
+        <pad>, <bos> and <unk> are never generated.
+
         Args:
             tokens: [B, N_q, input_dim], any floating type (cast to the decoder's own).
             num_beams, max_new_tokens, min_new_tokens, length_penalty: see `evc_fast.decoding.beam_search`;
@@ -171,9 +192,7 @@ class SmallDecoder(nn.Module):
         """
         check_tokens(tokens, self.input_dim, self.device)
         check_search_options(num_beams, max_new_tokens, min_new_tokens, length_penalty)
-        was_training = self.training
-        self.eval()
-        try:
+        with evaluation_mode(self):
             return beam_search(
                 self._step_log_probs,
                 self._start(tokens.to(self.dtype), max_new_tokens),
@@ -188,12 +207,13 @@ class SmallDecoder(nn.Module):
                 length_penalty=length_penalty,
                 device=tokens.device,
             ).sequences
-        finally:
-            self.train(was_training)
 
     def _step_log_probs(self, last_ids: Tensor, state: Any) -> tuple[Tensor, Any]:
         hidden, state = self._step(last_ids, state)
-        return torch.log_softmax(self.output(hidden).float(), dim=-1), state
+        log_probs = torch.log_softmax(self.output(hidden).float(), dim=-1)
+        for banned in (self.vocabulary.pad_id, self.vocabulary.bos_id, self.vocabulary.unk_id):
+            log_probs[:, banned] = float("-inf")  # no words of a caption
+        return log_probs, state
 
     def encode(self, captions: list[str]) -> Tensor:
         """Target ids [B, T] int64 on the decoder's device: the caption's words, <eos>, then <pad>."""
@@ -206,13 +226,10 @@ class SmallDecoder(nn.Module):
         return [self.vocabulary.decode(row, max_words) for row in ids.tolist()]
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, model.safetensors and vocabulary.json."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write config.json, model.safetensors and vocabulary.json. NotADirectoryError where `folder` is a file."""
         content = {"decoder": self.kind, "random_weights": self.random_weights, **self.config.to_dict()}
-        (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        self.vocabulary.save(folder / _VOCABULARY_FILE)
-        save_file({name: value.contiguous() for name, value in self.state_dict().items()}, folder / _WEIGHTS_FILE)
+        write_folder(folder, content, self.state_dict())
+        self.vocabulary.save(Path(folder) / _VOCABULARY_FILE)
 
     @classmethod
     def from_pretrained(
@@ -220,15 +237,18 @@ class SmallDecoder(nn.Module):
     ) -> Self:
         """Read what `save_pretrained` wrote, in evaluation mode; `dtype=None` keeps the stored type.
 
-        Raises: ValueError where the folder holds another kind of decoder or an unknown option.
+        Raises:
+            FileNotFoundError: the folder or one of its files is missing.
+            ValueError: a file is damaged, holds another kind of decoder or an unknown option, or does not fit the rest.
         """
-        content = read_config(folder)
-        kind, random_weights = content.pop("decoder"), content.pop("random_weights", False)
+        content, weights = read_folder(folder)
+        kind, random_weights = content.pop("decoder", None), content.pop("random_weights", None)
         if kind != cls.kind:
             raise ValueError(f'{folder} holds a decoder of kind "{kind}", expected "{cls.kind}"')
-        weights = load_file(Path(folder) / _WEIGHTS_FILE)
+        if not isinstance(random_weights, bool):
+            raise ValueError(f"random_weights in {Path(folder) / CONFIG_NAME} must be true or false")
         with torch.device("meta"):
             decoder = cls(cls.config_class.from_dict(content), Vocabulary.load(Path(folder) / _VOCABULARY_FILE))
-        decoder.load_state_dict(weights, assign=True)
+        assign_strictly(decoder, weights, Path(folder) / WEIGHTS_NAME)
         decoder.random_weights = random_weights
         return decoder.to(device=device, dtype=dtype).eval()

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from evc_fast.data.torchvision_ops import make_torchvision_importable
 from evc_fast.decoding import check_search_options
-from evc_fast.model.decoders.base import CONFIG_FILE, check_targets, check_tokens, read_config
-from evc_fast.model.decoders.vocabulary import MAX_CAPTION_WORDS, cut_words, pad_sequences
+from evc_fast.model.checkpoint import CONFIG_NAME, read_json
+from evc_fast.model.decoders.base import check_targets, check_tokens, evaluation_mode, read_config
+from evc_fast.model.decoders.vocabulary import MAX_CAPTION_WORDS, check_captions, cut_words, pad_sequences
 
 make_torchvision_importable()  # before transformers, which imports it where it is installed
-from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict  # noqa: E402
+from safetensors import SafetensorError, safe_open  # noqa: E402
 from transformers import (  # noqa: E402
     AutoConfig,
     AutoModelForCausalLM,
@@ -29,7 +31,7 @@ from transformers import (  # noqa: E402
     PreTrainedTokenizerBase,
 )
 
-from evc_fast.model.decoders.llm_random import random_llm  # noqa: E402
+from evc_fast.model.decoders.llm_random import RANDOM_SHAPES, random_llm  # noqa: E402
 
 __all__ = ["DEFAULT_PROMPT", "LLMDecoder", "LoraOptions"]
 
@@ -58,8 +60,9 @@ class LoraOptions:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} of LoraOptions must be a positive integer, got {value!r}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout of LoraOptions must lie in [0, 1), got {self.dropout!r}")
+        dropout = self.dropout
+        if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+            raise ValueError(f"dropout of LoraOptions must be a number in [0, 1), got {dropout!r}")
 
 
 class LLMDecoder(nn.Module):
@@ -103,6 +106,8 @@ class LLMDecoder(nn.Module):
         self.eos_ids: tuple[int, ...] = (eos,) if isinstance(eos, int) else tuple(eos or ())
         if not self.eos_ids or ids["pad_token_id"] is None:
             raise ValueError("the LLM's generation config must name eos_token_id and pad_token_id")
+        if self.family == "t5" and ids["decoder_start_token_id"] is None:
+            ids["decoder_start_token_id"] = ids["pad_token_id"]  # T5's convention
         llm.generation_config = GenerationConfig(**ids)
         # transformers 5 writes True into every T5 config; whoever ties again by it would lose FLAN's output map.
         llm.config.tie_word_embeddings = llm.get_output_embeddings().weight is llm.get_input_embeddings().weight
@@ -124,6 +129,7 @@ class LLMDecoder(nn.Module):
         lora: LoraOptions | Literal["default"] | None = "default",
         prompt: str | Sequence[int] | None = None,
         device: torch.device | str = "cpu",
+        family: Literal["t5", "opt"] | None = None,
     ) -> Self:
         """Load a T5- or OPT-family checkpoint by name or folder, or what `save_pretrained` wrote.
 
@@ -134,16 +140,22 @@ class LLMDecoder(nn.Module):
                 None means no adapter.
             prompt: None means the default, or what was saved.
             device: where it runs.
+            family: refuse a checkpoint of the other one; None takes either.
 
-        Raises: ValueError on another family of models or on a saved decoder of another kind.
+        Raises:
+            FileNotFoundError: a folder, or a part of a saved decoder, is not there.
+            ValueError: another family of models, a saved decoder of another kind, or a damaged file.
+            OSError: the hub cannot be reached.
         """
         folder = Path(name_or_path)
-        saved = folder.is_dir() and (folder / CONFIG_FILE).is_file() and _is_saved_decoder(folder)
+        if _is_missing_folder(name_or_path):
+            raise FileNotFoundError(f"there is no LLM folder {name_or_path}")
+        saved = folder.is_dir() and (folder / CONFIG_NAME).is_file() and _is_saved_decoder(folder)
         if saved:
-            return cls._from_saved(folder, dtype=dtype, lora=lora, prompt=prompt, device=device)
+            return cls._from_saved(folder, dtype=dtype, lora=lora, prompt=prompt, device=device, family=family)
         dtype = dtype or torch.bfloat16
         config = AutoConfig.from_pretrained(name_or_path)
-        auto_model = AutoModelForSeq2SeqLM if _check_family(config) == "t5" else AutoModelForCausalLM
+        auto_model = AutoModelForSeq2SeqLM if _check_family(config, family) == "t5" else AutoModelForCausalLM
         llm = auto_model.from_pretrained(name_or_path, dtype=dtype).to(device)
         tokenizer = None
         if folder.is_dir() and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
@@ -172,7 +184,9 @@ class LLMDecoder(nn.Module):
         """The true shape of "flan-t5-xl" or "opt-2.7b" (or "tiny-t5", "tiny-opt"), random weights and no tokenizer."""
         llm = random_llm(shape, dtype=dtype, device=device, seed=seed)
         source = {"random": {"shape": shape, "seed": seed}}
-        return cls(llm, None, prompt=prompt, lora=lora, source=source, random_weights=True)
+        with torch.random.fork_rng(devices=[]):  # LoRA's first weights are drawn from the global generator
+            torch.default_generator.manual_seed(seed)
+            return cls(llm, None, prompt=prompt, lora=lora, source=source, random_weights=True)
 
     @property
     def base(self) -> PreTrainedModel:
@@ -213,8 +227,10 @@ class LLMDecoder(nn.Module):
             prompt = DEFAULT_PROMPT if prompt is None else prompt
             ids = self.tokenizer(prompt).input_ids
         elif prompt is None:
-            ids = _PLACEHOLDER_PIECES
-            ids = (*ids, self.eos_id) if self.family == "t5" else (self.base.generation_config.bos_token_id, *ids)
+            ids, bos = _PLACEHOLDER_PIECES, self.base.generation_config.bos_token_id
+            if self.family == "opt" and bos is None:
+                raise ValueError("the LLM's generation config must name bos_token_id, since there is no tokenizer")
+            ids = (*ids, self.eos_id) if self.family == "t5" else (bos, *ids)
         else:
             ids = prompt
         size = self.base.get_input_embeddings().num_embeddings
@@ -245,10 +261,10 @@ class LLMDecoder(nn.Module):
             tokens: [B, N_q, input_dim], any floating type; gradients reach it.
             target_ids: [B, T] int64, ending in EOS, then pad (what `encode` returns).
 
-        Raises: ValueError on wrong shapes, types or devices and where OPT's positions do not suffice.
+        Raises: ValueError on wrong shapes, types, devices or ids and where OPT's positions do not suffice.
         """
         check_tokens(tokens, self.input_dim, self.device)
-        check_targets(target_ids, tokens)
+        check_targets(target_ids, tokens, self.base.get_input_embeddings().num_embeddings)
         embeddings, mask = self._prefix(tokens, target_ids.shape[1])
         if self.family == "t5":
             start = target_ids.new_full((target_ids.shape[0], 1), self.base.generation_config.decoder_start_token_id)
@@ -291,12 +307,8 @@ class LLMDecoder(nn.Module):
         if tokens.shape[0] == 0:
             return torch.zeros(0, 0, dtype=torch.int64, device=tokens.device)
         options = self.generation_config(num_beams, max_new_tokens, min_new_tokens, length_penalty)
-        was_training = self.training
-        self.eval()
-        try:
+        with evaluation_mode(self):
             ids = self.base.generate(inputs_embeds=embeddings, attention_mask=mask, generation_config=options)
-        finally:
-            self.train(was_training)
         if self.family == "t5":
             ids = ids[:, 1:]  # the decoder's start token
         # transformers fills up with EOS where pad is id 0, as T5's is: what follows the first EOS is made pad here.
@@ -328,7 +340,7 @@ class LLMDecoder(nn.Module):
             raise ValueError("captions cannot be encoded, since this LLM has no tokenizer")
         # OPT's pieces know a word's start by the space before it; T5's tokenizer adds its own.
         lead = "" if self.family == "t5" else " "
-        rows = [self.tokenizer(lead + text, add_special_tokens=False).input_ids for text in captions]
+        rows = [self.tokenizer(lead + text, add_special_tokens=False).input_ids for text in check_captions(captions)]
         return pad_sequences([[*row, self.eos_id] for row in rows], self.pad_id).to(self.device)
 
     def decode(self, ids: Tensor, *, max_words: int | None = MAX_CAPTION_WORDS) -> list[str]:
@@ -365,7 +377,7 @@ class LLMDecoder(nn.Module):
             "prompt": self.prompt,
             "lora": None if self.lora is None else dataclasses.asdict(self.lora),
         }
-        (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        (folder / CONFIG_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         if isinstance(self.llm, PeftModel):
             # The embeddings are never trained here; False keeps peft from asking the hub about them.
             self.llm.save_pretrained(folder / _ADAPTER_FOLDER, save_embedding_layers=False)
@@ -379,13 +391,19 @@ class LLMDecoder(nn.Module):
         lora: LoraOptions | Literal["default"] | None,
         prompt: str | Sequence[int] | None,
         device: torch.device | str,
+        family: Literal["t5", "opt"] | None,
     ) -> Self:
         content = read_config(folder)
         if content["decoder"] != "llm":
             raise ValueError(f'{folder} holds a decoder of kind "{content["decoder"]}", expected "llm"')
         unknown = sorted(set(content) - {"decoder", "base", "random", "dtype", "prompt", "lora"})
         if unknown:
-            raise ValueError(f"{folder / CONFIG_FILE} has unknown keys: {', '.join(unknown)}")
+            raise ValueError(f"{folder / CONFIG_NAME} has unknown keys: {', '.join(unknown)}")
+        missing = sorted({"dtype", "prompt", "lora"} - set(content)) + ["base"] * (
+            not {"base", "random"} & set(content)
+        )
+        if missing:
+            raise ValueError(f"{folder / CONFIG_NAME} lacks keys: {', '.join(missing)}")
         if lora not in ("default", None):
             raise ValueError('lora must be "default" (the saved adapter) or None for a saved decoder')
         common = {
@@ -395,26 +413,62 @@ class LLMDecoder(nn.Module):
             "device": device,
         }
         if "random" in content:
+            if family is not None:
+                _check_family(RANDOM_SHAPES[content["random"]["shape"]], family)
             decoder = cls.random(content["random"]["shape"], seed=content["random"]["seed"], **common)
         else:
-            decoder = cls.from_pretrained(content["base"], **common)
+            if _is_missing_folder(content["base"]):
+                raise FileNotFoundError(f"the saved decoder's base LLM {content['base']} is not there ({folder})")
+            decoder = cls.from_pretrained(content["base"], family=family, **common)
         if content["lora"] is not None and lora == "default":
             options = dict(content["lora"])
             options["target_modules"] = options["target_modules"] and tuple(options["target_modules"])
             decoder.lora = LoraOptions(**options)
-            decoder.llm = PeftModel.from_pretrained(decoder.llm, folder / _ADAPTER_FOLDER, is_trainable=True)
+            decoder.llm = _read_adapter(decoder.llm, folder / _ADAPTER_FOLDER)
         return decoder.eval()
 
 
-def _check_family(config: Any) -> str:
+def _read_adapter(llm: PreTrainedModel, folder: Path) -> PeftModel:
+    """`llm` with the LoRA adapter of `folder`, trainable; strict, where peft asks the hub or leaves weights fresh."""
+    weights = folder / "adapter_model.safetensors"
+    for path in (folder / "adapter_config.json", weights):
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} has no {path.name}: expected what save_pretrained writes")
+    read_json(folder / "adapter_config.json")
+    try:
+        with safe_open(weights, framework="pt") as file:
+            found = set(file.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{weights} is not a complete safetensors file: {error}") from error
+    try:
+        adapted = PeftModel.from_pretrained(llm, folder, is_trainable=True)
+    except RuntimeError as error:
+        raise ValueError(f"{weights} does not fit its LLM: {error}") from error
+    differing = sorted(found ^ set(get_peft_model_state_dict(adapted, save_embedding_layers=False)))
+    if differing:
+        raise ValueError(f"{weights} does not fit its LLM: missing or unexpected tensors {differing}")
+    return adapted
+
+
+def _is_missing_folder(name_or_path: str | Path) -> bool:
+    """Whether this can only be a folder, since no name of the hub looks like it, and there is none."""
+    name = str(name_or_path)
+    like_path = Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or Path(name).exists()
+    return like_path and not Path(name).is_dir()
+
+
+def _check_family(config: Any, expected: str | None = None) -> str:
+    """ "t5" or "opt". Raises ValueError on any other, or where `expected` is not None and not that."""
     family = config.model_type
     if family not in _LORA_TARGETS:
         raise ValueError(f'the LLM must be of the T5 or OPT family (model_type "t5" or "opt"), got "{family}"')
+    if expected not in (None, family):
+        raise ValueError(f'the checkpoint must be of the "{expected}" family, it is of the "{family}" family')
     return family
 
 
 def _is_saved_decoder(folder: Path) -> bool:
-    content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    content = read_json(folder / CONFIG_NAME)
     return isinstance(content, dict) and "decoder" in content
 
 

@@ -56,10 +56,10 @@ class LSTMDecoder(SmallDecoder):
     def forward(self, tokens: Tensor, target_ids: Tensor) -> Tensor:
         """Logits [B, T, vocabulary] of target_ids [B, T], each given tokens [B, N_q, input_dim] and the words before.
 
-        Raises: ValueError on wrong shapes, types or devices.
+        Raises: ValueError on wrong shapes, types, devices or ids.
         """
         check_tokens(tokens, self.input_dim, self.device)
-        check_targets(target_ids, tokens)
+        check_targets(target_ids, tokens, len(self.vocabulary))
         state = self._start(tokens.to(self.dtype), target_ids.shape[1])
         hidden = []
         for last_ids in self._shift_right(target_ids).unbind(dim=1):
@@ -73,7 +73,8 @@ class LSTMDecoder(SmallDecoder):
 
     def _step(self, last_ids: Tensor, state: _State) -> tuple[Tensor, _State]:
         # Beams of an item share its tokens: [B, beams, 1, A] meets [B, 1, N_q, A].
-        query = self.attention_query(state.hidden).unflatten(0, (state.tokens.shape[0], -1))
+        batch = state.tokens.shape[0]
+        query = self.attention_query(state.hidden).unflatten(0, (batch, len(last_ids) // max(batch, 1)))
         energy = self.attention_score(torch.tanh(query[:, :, None] + state.keys[:, None])).squeeze(-1)
         context = (energy.softmax(dim=-1) @ state.tokens).flatten(0, 1)
         word = self.dropout(self.embedding(last_ids))

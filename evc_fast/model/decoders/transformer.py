@@ -60,10 +60,10 @@ class TransformerDecoder(SmallDecoder):
     def forward(self, tokens: Tensor, target_ids: Tensor) -> Tensor:
         """Logits [B, T, vocabulary] of target_ids [B, T], each given tokens [B, N_q, input_dim] and the words before.
 
-        Raises: ValueError on wrong shapes, types or devices.
+        Raises: ValueError on wrong shapes, types, devices or ids.
         """
         check_tokens(tokens, self.input_dim, self.device)
-        check_targets(target_ids, tokens)
+        check_targets(target_ids, tokens, len(self.vocabulary))
         tokens = tokens.to(self.dtype)
         x = self._embed(self._shift_right(target_ids), _sinusoids(target_ids.shape[1], tokens))
         for layer in self.layers:
