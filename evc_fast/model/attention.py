@@ -36,11 +36,26 @@ class MultiHeadAttention(nn.Module):
         *lead, _, _ = memory.shape
         length = query.shape[-2]
         # [..., h, L, dim / h]; one batch axis, because only four-dimensional inputs reach the fused attention kernels.
-        q = self._split_heads(self.q_proj(query)).expand(*lead, -1, -1, -1).flatten(0, -4)
-        k = self._split_heads(self.k_proj(memory)).flatten(0, -4)
-        v = self._split_heads(self.v_proj(memory)).flatten(0, -4)
+        q = self.split_heads(self.q_proj(query)).expand(*lead, -1, -1, -1).flatten(0, -4)
+        k = self.split_heads(self.k_proj(memory)).flatten(0, -4)
+        v = self.split_heads(self.v_proj(memory)).flatten(0, -4)
         context = F.scaled_dot_product_attention(q, k, v)
         return self.o_proj(context.transpose(1, 2).reshape(*lead, length, self.dim))
 
-    def _split_heads(self, x: Tensor) -> Tensor:
+    def read(self, query: Tensor, memory: Tensor) -> Tensor:
+        """:meth:`forward` for one query [1, L, dim] that all of a batch share, and memory [B, S, memory_dim].
+
+        q_h (m W_k,h)^T = m (q_h W_k,h^T)^T: with heads L columns for all memories, keys are not projected at all.
+        """
+        length, head_width = query.shape[-2], self.dim // self.num_heads
+        queries = self.split_heads(self.q_proj(query))[0] / head_width**0.5  # [h, L, dim / h]
+        readers = queries @ self.k_proj.weight.unflatten(0, (self.num_heads, -1))  # [h, L, memory_dim]
+        shift = queries @ self.k_proj.bias.unflatten(0, (self.num_heads, -1)).unsqueeze(-1)  # [h, L, 1]
+        scores = F.linear(memory, readers.flatten(0, 1), shift.flatten())  # [B, S, h L]
+        weights = scores.mT.unflatten(1, (self.num_heads, length)).softmax(-1)  # [B, h, L, S]
+        context = weights @ self.split_heads(self.v_proj(memory))
+        return self.o_proj(context.transpose(1, 2).flatten(2))
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """[..., L, dim] -> [..., h, L, dim / h]."""
         return x.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)

@@ -6,12 +6,14 @@ The three fused parts come from :mod:`evc_fast.ops`; everything else is plain Py
 from __future__ import annotations
 
 import os
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from evc_fast import ops
+from evc_fast.model import commuted, straight
 from evc_fast.model.attention import MultiHeadAttention
 from evc_fast.model.checkpoint import CONFIG_NAME, WEIGHTS_NAME, assign_strictly, read_folder, write_folder
 from evc_fast.model.config import FaceNetConfig
@@ -102,6 +104,7 @@ class FaceNetEncoder(nn.Module):
             self.phi_e = nn.Linear(d, d)
             self.emotion_head = nn.Linear(d, config.num_emotions)
 
+        self.router = None
         if config.bias_adjustment:
             if config.num_groups > 1:
                 self.router = nn.Linear(config.num_groups * d, config.num_groups, bias=False)  # W_g
@@ -142,6 +145,7 @@ class FaceNetEncoder(nn.Module):
         """
         self._check_inputs(video, triplets, similarity, groups)
         config = self.config
+        stages = straight if impl == "reference" else commuted
 
         visual = self.video_projection(video)  # V [B, N, d]
         v = visual.unsqueeze(1)  # [B, 1, N, d]: whatever depends on V alone is computed once for all K
@@ -157,29 +161,28 @@ class FaceNetEncoder(nn.Module):
                 cross_refine=config.cross_refine,
                 impl=impl,
             )
-        if config.order == "fact_first":
-            hidden, facts = self._factual_semantics(v, v, calibrated)
-            emotions, distribution = self._emotional_semantics(facts, visual, explain, impl)
-        else:
-            emotions, distribution = self._emotional_semantics(v, visual, explain, impl)
-            hidden, facts = self._factual_semantics(v, emotions, calibrated)
-            emotions = emotions.expand_as(facts)
-
-        # Dynamic bias routing.
-        logits = self._routing_logits(hidden, facts)
         # (22)-(23), and (26)-(27) before the gates
-        routed, pooled, routing_weights = ops.routing_aggregation(facts, emotions, logits, impl=impl)
+        if config.order == "fact_first":
+            facts, logits = self._factual_semantics(stages, v, v, calibrated)
+            context, distribution = self._emotional_semantics(facts, visual, explain, impl)
+            routed, pooled, routing_weights = stages.routing(self, facts, context, logits, impl)
+        else:
+            context, distribution = self._emotional_semantics(v, visual, explain, impl)
+            emotions = self.project_emotions(context)
+            facts, logits = self._factual_semantics(stages, v, emotions, calibrated)
+            routed, pooled, routing_weights = ops.routing_aggregation(
+                facts, emotions.expand_as(facts), logits, impl=impl
+            )
+
         num_frames = video.shape[1]
         routed_facts, routed_emotions = routed[:, :num_frames], routed[:, num_frames:]
         fact_gate, emotion_gate = self._gates(pooled)
+        emotion_logits = None
+        memory = [fact_gate * routed_facts, visual]  # [M ; V], M of (27)
         if config.emotion_augmentation:
             emotion_logits = self.emotion_head(routed_emotions.mean(1))
-            fused = torch.cat([fact_gate * routed_facts, emotion_gate * routed_emotions], 1)  # M of (27) [B, 2N, d]
-        else:
-            emotion_logits = None
-            fused = fact_gate * routed_facts  # [B, N, d]
-
-        tokens = self.qformer(torch.cat([fused, visual], 1))  # (28)-(29)
+            memory.insert(1, emotion_gate * routed_emotions)
+        tokens = self.qformer(torch.cat(memory, 1), straight=stages is straight)  # (28)-(29)
 
         explanation = None
         if explain:
@@ -195,20 +198,27 @@ class FaceNetEncoder(nn.Module):
             )
         return EncoderOutput(tokens, emotion_logits, explanation)
 
-    def _factual_semantics(self, v: Tensor, query: Tensor, calibrated: Tensor | None) -> tuple[Tensor | None, Tensor]:
-        """v and query [B, 1, N, d], calibrated [B, K, 3, D_t] -> H, F, each [B, K, N, d]."""
+    def _factual_semantics(
+        self, stages: ModuleType, v: Tensor, query: Tensor, calibrated: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """v and query [B, 1, N, d], calibrated [B, K, 3, D_t] -> F of (18) [B, K, N, d], logits of (26) [B, N, K]."""
         if calibrated is None:
-            hidden, update = None, self.ffn(v)  # (18) with H = 0
+            update, logits = self.ffn(v), None  # H = 0
         else:
-            hidden = self.fact_attention(query, self.triplet_projection(calibrated))  # (17)
-            update = self.ffn(torch.cat([v.expand_as(hidden), hidden], -1))
+            update, logits = stages.factual_semantics(self, v, query, calibrated)
         # Autocast may leave the norm in float32; facts and emotions are routed in one type.
-        return hidden, self.fact_norm(update + query).to(update.dtype)  # (18)
+        facts = self.fact_norm(update + query).to(update.dtype)  # (18)
+        if logits is None:  # no router: zeros, whose softmax is 1/K
+            logits = facts.new_zeros(()).expand(facts.shape[0], facts.shape[2], self.config.num_groups)
+        return facts, logits
 
     def _emotional_semantics(
         self, query: Tensor, visual: Tensor, explain: bool, impl: Impl | None
     ) -> tuple[Tensor, Tensor | None]:
-        """query F [B, K, N, d] (or V, K = 1), visual V [B, N, d] -> E [B, K, N, d], emotion distribution [B, K, W]."""
+        """query F [B, K, N, d] (or V, K = 1), visual V [B, N, d] -> context [B, K, N, d], distribution [B, K, W].
+
+        Rows of q_i (20) sum to 1, so it gathers what Attn_c (19) reads as well as what the maps of (21) make of it.
+        """
         if not self.config.emotion_augmentation:
             return query.new_zeros(()).expand_as(query), None  # nothing to route: stride 0, no memory
         attention = self.emotion_attention
@@ -217,18 +227,14 @@ class FaceNetEncoder(nn.Module):
         value = attention.v_proj(self.emotion_features)
         gate_q, gate_k = self.phi_f(query), self.phi_v(visual)
         context = ops.emotion_attention(q, k, value, gate_q, gate_k, attention.num_heads, impl=impl)  # (19)-(21)
-        emotions = self.phi_e(attention.o_proj(context))  # rows of q_i sum to 1: both maps commute with it, biases too
         distribution = _emotion_distribution(q, k, gate_q, gate_k, attention.num_heads) if explain else None
-        return emotions, distribution
+        return context, distribution
 
-    def _routing_logits(self, hidden: Tensor | None, facts: Tensor) -> Tensor:
-        """H [B, K, N, d] -> logits of (26) [B, N, K]; zeros, whose softmax is 1/K, where no router stands."""
-        batch, num_groups, num_frames, _ = facts.shape
-        if hidden is None or not self.config.bias_adjustment or num_groups == 1:
-            return facts.new_zeros(()).expand(batch, num_frames, num_groups)
-        if self.config.router == "video":
-            hidden = hidden.mean(2, keepdim=True)
-        return self.router(hidden.transpose(1, 2).flatten(2)).expand(-1, num_frames, -1)  # [H_1 ; ... ; H_K] W_g
+    def project_emotions(self, context: Tensor) -> Tensor:
+        """Attn_c's output projection (19), then phi_E (21): the last maps on the way to E, on any rows [..., d]."""
+        if not self.config.emotion_augmentation:
+            return context
+        return self.phi_e(self.emotion_attention.o_proj(context))
 
     def _gates(self, pooled: Tensor) -> tuple[Tensor, Tensor | None]:
         """pooled [F ; E] [B, 2d] -> B_f, B_e [B, 1, d]."""

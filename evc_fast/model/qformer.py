@@ -22,8 +22,15 @@ class QFormer(nn.Module):
         self.cross_attention = MultiHeadAttention(dim, num_heads)  # Attn_d
         self.output_projection = nn.Linear(dim, output_dim)  # phi_M
 
-    def forward(self, memory: Tensor) -> Tensor:
-        """memory [B, S, d], which is [M ; V] -> tokens [B, N_q, d_out]."""
+    def forward(self, memory: Tensor, *, straight: bool = False) -> Tensor:
+        """memory [B, S, d], which is [M ; V] -> tokens [B, N_q, d_out].
+
+        ``straight``: every product of (29) as it is printed, for the baseline that is measured against.
+        """
         # (28), once for the whole batch: nothing of a video enters before the cross-attention.
         queries = self.self_attention(self.queries, self.queries) + self.queries
-        return self.output_projection(self.cross_attention(queries, memory) + queries)  # (29)
+        attention = self.cross_attention
+        # Keys read by the same queries all over the batch need no projection: it pays while the heads' queries are few.
+        shared = not straight and attention.num_heads * queries.shape[1] < attention.dim
+        read = attention.read if shared else attention
+        return self.output_projection(read(queries, memory) + queries)  # (29)

@@ -1,0 +1,56 @@
+"""Equations (17), (18) and (21)-(27) as the paper prints them, batched over the K retrieval groups.
+
+:mod:`evc_fast.model.commuted` has the same two functions, with the products in an order that costs less.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from evc_fast import ops
+from evc_fast.ops.dispatch import Impl
+
+if TYPE_CHECKING:
+    from evc_fast.model.encoder import FaceNetEncoder
+
+
+def factual_semantics(
+    encoder: FaceNetEncoder, v: Tensor, query: Tensor, calibrated: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Hidden facts and what routes them.
+
+    Args:
+        v: V [B, 1, N, d]: what depends on V alone is computed once for all K.
+        query: what attends to the triplets, V or E [B, 1, N, d].
+        calibrated: the triplets after (13), (16) [B, K, 3, D_t].
+
+    Returns:
+        FFN([V ; H]) of (18) [B, K, N, d], and the logits of (26) [B, N, K], None where no router stands.
+    """
+    hidden = encoder.fact_attention(query, encoder.triplet_projection(calibrated))  # (17) H [B, K, N, d]
+    update = encoder.ffn(torch.cat([v.expand_as(hidden), hidden], -1))
+    if encoder.router is None:
+        return update, None
+    if encoder.config.router == "video":
+        hidden = hidden.mean(2, keepdim=True)
+    logits = encoder.router(hidden.transpose(1, 2).flatten(2))  # [H_1 ; ... ; H_K] W_g
+    return update, logits.expand(-1, v.shape[2], -1)
+
+
+def routing(
+    encoder: FaceNetEncoder, facts: Tensor, context: Tensor, logits: Tensor, impl: Impl | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(21)-(23), (26), and (27) before the gates.
+
+    Args:
+        facts: F [B, K, N, d].
+        context: what Attn_c reads, gathered by the visual gate, before the maps of (21) [B, K, N, d].
+        logits: of (26) [B, N, K].
+
+    Returns:
+        routed [B, 2N, d] and pooled [B, 2d], each of the facts first, then of the emotions; weights [B, N, K].
+    """
+    return ops.routing_aggregation(facts, encoder.project_emotions(context), logits, impl=impl)
