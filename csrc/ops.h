@@ -55,6 +55,26 @@ struct RoutingArgs {
   void* grad_logits;             // backward: [B, N, K] Acc
 };
 
+// A weight [groups][columns, depth] into panels (cpu/packed.h). A task is one group.
+struct PackArgs {
+  int64_t columns, depth;
+  const void* weight;
+  void* packed;
+};
+
+enum Activation { kNone, kGelu, kQuickGelu, kActivations };
+
+// output = activation(input W^T + bias) + residual. A task is a block of rows times a group of columns.
+struct LinearArgs {
+  int64_t rows, depth, columns, row_blocks, column_groups;
+  Activation activation;
+  const void* input;     // [rows, depth] Acc
+  const void* packed;    // W [columns, depth]
+  const void* bias;      // [columns] Acc, or null
+  const void* residual;  // [rows, columns] Acc, or null
+  void* output;          // [rows, columns] Acc
+};
+
 template <class Args>
 struct Kernel {
   size_t (*scratch_bytes)(const Args&);  // per thread
@@ -67,6 +87,9 @@ struct Kernels {
   Kernel<EmotionArgs> emotion_pack[kDtypes], emotion_forward[kDtypes];  // pack: one task a head
   Kernel<EmotionArgs> emotion_backward[kDtypes], emotion_reduce[kDtypes];  // reduce: one task a word
   Kernel<RoutingArgs> routing_forward[kDtypes], routing_backward[kDtypes];
+  Kernel<PackArgs> pack[kDtypes];
+  Kernel<LinearArgs> linear[kDtypes];
+  int64_t (*packed_size[kDtypes])(int64_t columns, int64_t depth);  // elements of one packed group
   size_t (*emotion_dictionary_bytes[kDtypes])(const EmotionArgs&, bool backward);
   size_t (*emotion_partial_bytes[kDtypes])(const EmotionArgs&);  // a chunk
 };

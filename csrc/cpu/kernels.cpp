@@ -8,6 +8,7 @@ Kernels fill() {
   add_entropy_calibration(kernels);
   add_emotion_attention(kernels);
   add_routing_aggregation(kernels);
+  add_packed_linear(kernels);
   return kernels;
 }
 }  // namespace

@@ -28,6 +28,8 @@ SCHEMAS = (
     " -> (Tensor routed, Tensor pooled, Tensor weights)",
     "routing_aggregation_backward(Tensor grad_routed, Tensor grad_pooled, Tensor facts, Tensor emotions,"
     " Tensor weights) -> (Tensor grad_facts, Tensor grad_emotions, Tensor grad_logits)",
+    "pack_weight(Tensor weight) -> Tensor",
+    "packed_linear(Tensor input, Tensor packed, Tensor? bias, Tensor? residual, int columns, int activation) -> Tensor",
 )
 
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
