@@ -3,17 +3,19 @@
 
 namespace evc {
 
-void* thread_scratch(size_t bytes) {
+void* thread_scratch(size_t bytes, Slot slot) {
   constexpr std::align_val_t kAlign{64};
   struct Block {
     void* data = nullptr;
     size_t bytes = 0;
     ~Block() { ::operator delete(data, kAlign); }
   };
-  thread_local Block block;
+  thread_local Block blocks[kSlots];
+  Block& block = blocks[slot];
   if (bytes > block.bytes) {
     ::operator delete(block.data, kAlign);
-    block = {};
+    block.data = nullptr;  // new may throw
+    block.bytes = 0;
     block.data = ::operator new(bytes, kAlign);
     block.bytes = bytes;
   }

@@ -75,6 +75,55 @@ struct LinearArgs {
   void* output;          // [rows, columns] Acc
 };
 
+// What evc_fast/ops/folded_encoder.py packs, in its order; W [out, in] as panels, sections of columns and of depth padded
+// to kFoldedPad; biases and norms Acc, padded alike. Null where the configuration has no such part.
+enum FoldedWeight {
+  kVideoWeight, kVideoBias,    // [d, D_v]
+  kVisualWeight, kVisualBias,  // [hidden | query? | emotion_query? | gate_key and gate_bias? | scores | values, d]
+  kTripletWeight,              // [keys | values, D_t]
+  kHiddenWeight,               // heads x [F | K K?, d / heads]
+  kRouterBias,                 // [K]
+  kFfnWeight, kFfnBias,        // [d, F]
+  kNormWeight, kNormBias,
+  kEmotionQueryWeight, kEmotionQueryBias,  // [d, d]
+  kKey,                        // heads x [W, d / heads]
+  kValue,                      // heads x [d / heads, W]
+  kEmotionWeight, kEmotionBias,  // [E | query?, d]
+  kGateWeight, kGateBias,        // [fact gate | emotion gate?, facts | context]
+  kHeadWeight, kHeadBias,        // [W, d]
+  kMemoryWeight,                 // [scores | values, d]
+  kOutputWeight, kOutputBias,    // [d_out, d], not padded; [N_q, d_out]
+  kFoldedWeights
+};
+constexpr int64_t kFoldedPad = 32;
+
+// The folded encoder (evc_fast/reference/folded_encoder.py) for `videos` videos in a workspace of their own, as stages
+// that must follow each other; the units of a stage are independent. K is 1 without retrieval. All data Acc but tokens,
+// logits and gates, which have the weights' type.
+struct FoldedArgs {
+  int64_t N, K, W, d, heads, hidden, video_width, text_width, queries, output_width;
+  bool project_video, retrieval, emotions, bias_adjustment, emotion_first, video_router, self_refine, cross_refine, explain;
+  double norm_eps;
+  const void* weights[kFoldedWeights];
+  const void *video, *triplets, *similarity;  // [B, N, D_v] [B, K, 3, D_t] [B, K]
+  const int64_t* groups;                      // [B, K] or null
+  void *tokens, *emotion_logits;              // [B, N_q, d_out] [B, W]
+  void *component_weights, *triplet_weights, *routing_weights;  // [B, K, 3] [B, K] [B, N, K]: always written
+  void *emotion_distribution, *fact_gate, *emotion_gate;        // [B, K, W] [B, d] [B, d]: with `explain` only
+  int64_t first, videos;  // of the batch
+  void* workspace;
+};
+
+struct FoldedKernel {
+  int64_t (*matrix_size)(const FoldedArgs&, FoldedWeight);  // elements of a weight, 0 where there is none
+  bool (*is_vector)(FoldedWeight);                          // Acc, and not packed
+  size_t (*workspace_bytes)(const FoldedArgs&);
+  size_t (*scratch_bytes)(const FoldedArgs&);  // per thread
+  int64_t (*units)(const FoldedArgs&, int stage);
+  void (*run)(const FoldedArgs&, int stage, int64_t begin, int64_t end, void* scratch);
+  int stages;
+};
+
 template <class Args>
 struct Kernel {
   size_t (*scratch_bytes)(const Args&);  // per thread
@@ -87,6 +136,7 @@ struct Kernels {
   Kernel<EmotionArgs> emotion_pack[kDtypes], emotion_forward[kDtypes];  // pack: one task a head
   Kernel<EmotionArgs> emotion_backward[kDtypes], emotion_reduce[kDtypes];  // reduce: one task a word
   Kernel<RoutingArgs> routing_forward[kDtypes], routing_backward[kDtypes];
+  FoldedKernel folded[kDtypes];
   Kernel<PackArgs> pack[kDtypes];
   Kernel<LinearArgs> linear[kDtypes];
   int64_t (*packed_size[kDtypes])(int64_t columns, int64_t depth);  // elements of one packed group

@@ -19,7 +19,8 @@
 namespace evc {
 
 // Scratch of one thread, kept for the next call: a fresh block of this size would fault in page by page every time.
-void* thread_scratch(size_t bytes);
+enum Slot { kScratch, kWorkspace, kSlots };
+void* thread_scratch(size_t bytes, Slot slot = kScratch);
 
 namespace {
 

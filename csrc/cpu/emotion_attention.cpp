@@ -4,6 +4,7 @@
 // that a tile serves as either operand of a product without copies.
 #include "gemm.h"
 #include "kernels.h"
+#include "rows.h"
 
 namespace evc::EVC_NAMESPACE {
 namespace {
@@ -28,18 +29,6 @@ struct Shape {
   int64_t transposed() const { return heads * head * word_row; }  // keys or values, [heads][d/heads][W]
   int64_t upright() const { return heads * W * head_row; }        // keys or values, [heads][W][d/heads]
   T scale() const { return T(1) / std::sqrt(T(head)); }
-};
-
-// Scratch is laid out by the same code that measures it: with a null base, take() only counts.
-template <class T>
-struct Arena {
-  T* base;
-  int64_t used = 0;
-  T* take(int64_t n) {
-    T* p = base + used;
-    used += round_up(n, 64 / sizeof(T));
-    return p;
-  }
 };
 
 template <class S, class T>
@@ -81,22 +70,6 @@ inline const float* as_rows(const BFloat16* from, int64_t n, float* scratch) {
   return scratch;
 }
 
-// row becomes exp(row - max), and 0 up to whole vectors; returns 1 / sum.
-template <class T>
-T softmax_numerators(T* row, int64_t n) {
-  const int64_t whole = round_up(n, kLanes<T>);
-  for (int64_t i = n; i < whole; ++i) row[i] = -T(INFINITY);
-  Vec<T> best = load(row);
-  for (int64_t i = kLanes<T>; i < whole; i += kLanes<T>) best = max_vec<T>(best, load(row + i));
-  const T max = max_lanes<T>(best);
-  Vec<T> total{};
-  for (int64_t i = 0; i < whole; i += kLanes<T>) {
-    Vec<T> p = exp_nonpositive<T>(load(row + i) - max);
-    store(p, row + i);
-    total += p;
-  }
-  return 1 / sum_lanes<T>(total);
-}
 template <class T>
 void softmax(T* row, int64_t n) {
   const T scale = softmax_numerators(row, n);

@@ -9,6 +9,7 @@ Kernels fill() {
   add_emotion_attention(kernels);
   add_routing_aggregation(kernels);
   add_packed_linear(kernels);
+  add_folded_encoder(kernels);
   return kernels;
 }
 }  // namespace

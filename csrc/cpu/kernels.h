@@ -10,6 +10,9 @@ void add_entropy_calibration(Kernels& kernels);
 void add_emotion_attention(Kernels& kernels);
 void add_routing_aggregation(Kernels& kernels);
 void add_packed_linear(Kernels& kernels);
+void add_folded_encoder(Kernels& kernels);
+
+const Kernels& kernels();
 
 namespace {
 template <class Body>

@@ -28,6 +28,10 @@ SCHEMAS = (
     " -> (Tensor routed, Tensor pooled, Tensor weights)",
     "routing_aggregation_backward(Tensor grad_routed, Tensor grad_pooled, Tensor facts, Tensor emotions,"
     " Tensor weights) -> (Tensor grad_facts, Tensor grad_emotions, Tensor grad_logits)",
+    "folded_encoder_forward(Tensor video, Tensor? triplets, Tensor? similarity, Tensor? groups, Tensor[] weights,"
+    " int[] sizes, float norm_eps, bool explain) -> (Tensor tokens, Tensor emotion_logits, Tensor component_weights,"
+    " Tensor triplet_weights, Tensor routing_weights, Tensor emotion_distribution, Tensor fact_gate,"
+    " Tensor emotion_gate)",
     "pack_weight(Tensor weight) -> Tensor",
     "packed_linear(Tensor input, Tensor packed, Tensor? bias, Tensor? residual, int columns, int activation) -> Tensor",
 )

@@ -1,0 +1,590 @@
+// The folded encoder, equations (10)-(29) with fixed weights: evc_fast/reference/folded_encoder.py in one workspace.
+//
+// Each stage below reads what earlier ones wrote; its units may run in any order and on any threads. An element of a
+// result is always the same chain of operations, whichever videos and threads share the call.
+#include "activations.h"
+#include "kernels.h"
+#include "packed.h"
+#include "rows.h"
+
+namespace evc::EVC_NAMESPACE {
+namespace {
+
+inline int64_t pad(int64_t n) { return round_up(n, kFoldedPad); }
+
+enum Stage { kVideo, kProducts, kTriplets, kEmotionsOfFrames, kEmotionsProjected, kFacts, kRouting, kGating, kMemory, kReading, kTokens, kStages };
+
+template <class S, class T = Acc<S>>
+struct Folded {
+  const FoldedArgs& a;
+  int64_t d, head, hidden, router, words, frames;      // padded widths of rows, and d / heads
+  int64_t rows, pairs, triplet_rows, fused_rows, memory_columns;
+  int64_t query_at, emotion_query_at, gate_at, memory_at, visual_columns;  // sections of the products of V
+  bool routed, query_of_emotions;
+  T *calibrated, *visual, *products, *gate_keys, *keys_values, *of_values, *router_parts, *facts, *context, *emotions;
+  T *routed_rows, *pooled, *mean_context, *fused, *memory, *read;
+  size_t bytes;
+
+  explicit Folded(const FoldedArgs& args)
+      : a(args), d(pad(a.d)), head(a.d / a.heads), hidden(pad(a.hidden)), router(pad(a.K * a.K)), words(pad(a.W)),
+        frames(pad(a.N)), rows(a.videos * a.N), pairs(a.videos * a.K), triplet_rows(pairs * 3),
+        fused_rows((a.emotions ? 2 : 1) * a.N), memory_columns(pad(a.heads * a.queries) + d),
+        routed(a.retrieval && a.bias_adjustment && a.K > 1), query_of_emotions(a.emotion_first && a.retrieval) {
+    if (!routed) router = 0;
+    int64_t at = hidden;
+    query_at = at, at += a.retrieval && !a.emotion_first ? d : 0;
+    emotion_query_at = at, at += a.emotion_first ? d : 0;
+    gate_at = at, at += a.emotions ? pad(a.d + 1) : 0;
+    memory_at = at, at += memory_columns;
+    visual_columns = at;
+    // Every buffer ends in slack: the last vector of a row's slice may reach beyond the row.
+    Arena<T> arena{static_cast<T*>(a.workspace)};
+    const auto take = [&](int64_t n) { return arena.take(n + 64); };
+    calibrated = take(a.retrieval ? triplet_rows * a.text_width : 0);
+    visual = take(rows * d);
+    products = take(rows * visual_columns);
+    gate_keys = take(a.emotions ? a.videos * (a.d + 1) * frames : 0);
+    keys_values = take(a.retrieval ? triplet_rows * 2 * d : 0);
+    of_values = take(a.retrieval ? triplet_rows * a.heads * (hidden + router) : 0);
+    router_parts = take(pairs * a.N * router);
+    facts = take(pairs * a.N * d);
+    context = take(a.emotions ? (a.emotion_first ? rows : pairs * a.N) * d : 0);
+    emotions = take(a.emotion_first ? rows * 2 * d : 0);
+    routed_rows = take(2 * rows * d);  // [videos][facts, context][N, d]
+    pooled = take(a.videos * 2 * d);
+    mean_context = take(a.videos * d);
+    fused = take(a.videos * fused_rows * d);
+    memory = take(a.videos * fused_rows * memory_columns);
+    read = take(a.videos * a.queries * d);
+    bytes = arena.used * sizeof(T);
+  }
+
+  // ---- weights ----
+
+  int64_t columns(FoldedWeight w) const {
+    switch (w) {
+      case kVideoWeight: case kFfnWeight: case kEmotionQueryWeight: return d;
+      case kVisualWeight: return visual_columns;
+      case kTripletWeight: return 2 * d;
+      case kHiddenWeight: return hidden + router;
+      case kKey: return words;
+      case kValue: return pad(head);
+      case kEmotionWeight: return query_of_emotions ? 2 * d : d;
+      case kGateWeight: return a.emotions ? 2 * d : d;
+      case kHeadWeight: return words;
+      case kMemoryWeight: return memory_columns;
+      case kOutputWeight: return a.output_width;
+      default: return 0;
+    }
+  }
+  int64_t depth(FoldedWeight w) const {
+    switch (w) {
+      case kVideoWeight: return a.video_width;
+      case kTripletWeight: return a.text_width;
+      case kHiddenWeight: case kKey: return head;
+      case kFfnWeight: return a.hidden;
+      case kValue: return a.W;
+      case kGateWeight: return a.emotions ? 2 * d : d;
+      default: return a.d;
+    }
+  }
+  int64_t groups(FoldedWeight w) const { return w == kHiddenWeight || w == kKey || w == kValue ? a.heads : 1; }
+  bool present(FoldedWeight w) const {
+    switch (w) {
+      case kVideoWeight: case kVideoBias: return a.project_video;
+      case kTripletWeight: case kHiddenWeight: return a.retrieval;
+      case kRouterBias: return routed;
+      case kEmotionQueryWeight: case kEmotionQueryBias: return a.emotions && !a.emotion_first;
+      case kKey: case kValue: case kEmotionWeight: case kEmotionBias: case kHeadWeight: case kHeadBias: return a.emotions;
+      case kGateWeight: case kGateBias: return a.bias_adjustment;
+      default: return true;
+    }
+  }
+  static bool is_vector(FoldedWeight w) {
+    switch (w) {
+      case kVideoBias: case kVisualBias: case kRouterBias: case kFfnBias: case kNormWeight: case kNormBias:
+      case kEmotionQueryBias: case kEmotionBias: case kGateBias: case kHeadBias: case kOutputBias: return true;
+      default: return false;
+    }
+  }
+  int64_t size(FoldedWeight w) const {
+    if (!present(w)) return 0;
+    switch (w) {
+      case kVideoBias: case kFfnBias: case kNormWeight: case kNormBias: case kEmotionQueryBias: return d;
+      case kVisualBias: return visual_columns;
+      case kRouterBias: return a.K;
+      case kEmotionBias: return columns(kEmotionWeight);
+      case kGateBias: return columns(kGateWeight);
+      case kHeadBias: return words;
+      case kOutputBias: return a.queries * a.output_width;
+      default: return groups(w) * Packed<S>::size(columns(w), depth(w));
+    }
+  }
+  Packed<S> matrix(FoldedWeight w, int64_t group = 0) const {
+    return {static_cast<const S*>(a.weights[w]) + group * Packed<S>::size(columns(w), depth(w)), columns(w), depth(w)};
+  }
+  const T* vector(FoldedWeight w) const { return static_cast<const T*>(a.weights[w]); }
+  int64_t panels(FoldedWeight w) const { return Packed<S>::panels(columns(w)); }
+
+  // ---- scratch of one thread ----
+
+  struct Scratch {
+    T *product, *attention, *hidden, *query, *scores, *candidates, *weights, *gate;
+    size_t bytes;
+  };
+  int64_t block_pairs() const { return a.N < kBlockRows ? kBlockRows / a.N : 1; }
+  Scratch scratch(void* base) const {
+    Arena<T> arena{static_cast<T*>(base)};
+    const auto take = [&](int64_t n) { return arena.take(n + 64); };
+    const int64_t n = block_pairs() * a.N;
+    int64_t deepest = 0;
+    for (int w = 0; w < kFoldedWeights; ++w) deepest = deepest < depth(FoldedWeight(w)) ? depth(FoldedWeight(w)) : deepest;
+    // One block serves the FFN's hidden layer, the scores of all tokens, and the other two ops' scratch.
+    int64_t most = n * hidden;
+    const int64_t others[] = {(fused_rows + a.N) * pad(a.queries), a.N * a.K + 3 * d, 2 * a.K + a.text_width};
+    for (int64_t other : others) most = most < other ? other : most;
+    Scratch s;
+    s.product = take(packed_scratch<S>(deepest));
+    s.attention = take(n * (a.heads * 3));
+    s.hidden = take(most);
+    s.query = take(n * d);
+    s.scores = take(n * (words > frames ? words : frames));
+    s.candidates = take(n * d > a.queries * d ? n * d : a.queries * d);
+    s.weights = take(a.explain ? n * words : 0);
+    s.gate = take(a.videos * kPanelColumns<S> + 2 * a.N * (a.K > 1 ? a.K : 1));
+    s.bytes = arena.used * sizeof(T);
+    return s;
+  }
+
+  // The elements of y that lie within a row of `width`.
+  template <class To>
+  static EVC_INLINE void put_row(Vec<T> y, int64_t column, int64_t width, To* row) {
+    if (column + kLanes<T> <= width)
+      store(y, row + column);
+    else if (column < width)
+      store_part<To>(y, row + column, width - column);
+  }
+
+  // finish(row, column, sums) of panels [begin, end) of a product, any number of rows.
+  template <class Finish>
+  EVC_INLINE void multiply_rows(int64_t count, const T* x, int64_t stride, const Packed<S>& w, int64_t begin, int64_t end,
+                                const Scratch& s, const Finish& finish) const {
+    const int64_t blocks = (count + kBlockRows - 1) / kBlockRows;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t first = count * b / blocks, step = count * (b + 1) / blocks - first;
+      multiply_packed<S>(step, x + first * stride, stride, w, begin, end, s.product,
+                         [&](int64_t row, int64_t column, Vec<T> y) { finish(first + row, column, y); });
+    }
+  }
+
+  // ---- V, and the calibrated triplets ----
+
+  int64_t video_units() const { return a.project_video ? panels(kVideoWeight) : rows; }
+  void video(int64_t unit, const Scratch& s) const {
+    const T* x = static_cast<const T*>(a.video) + a.first * a.N * a.video_width;
+    if (unit >= video_units()) return calibrate(unit - video_units(), s);
+    if (!a.project_video) {
+      memset(visual + unit * d, 0, d * sizeof(T));
+      memcpy(visual + unit * d, x + unit * a.d, a.d * sizeof(T));
+      return;
+    }
+    const T* bias = vector(kVideoBias);
+    multiply_rows(rows, x, a.video_width, matrix(kVideoWeight), unit, unit + 1, s,
+                  [&](int64_t row, int64_t column, Vec<T> y) { store(y + load(bias + column), visual + row * d + column); });
+  }
+  void calibrate(int64_t v, const Scratch& s) const {  // (10)-(16)
+    EntropyArgs e{};
+    const int64_t video = a.first + v;
+    e.K = a.K, e.D = a.text_width, e.self_refine = a.self_refine, e.cross_refine = a.cross_refine;
+    e.triplets = static_cast<const T*>(a.triplets) + video * a.K * 3 * a.text_width;
+    e.similarity = static_cast<const T*>(a.similarity) + video * a.K;
+    e.groups = a.groups ? a.groups + video * a.K : nullptr;
+    e.calibrated = calibrated + v * a.K * 3 * a.text_width;
+    e.component_weights = static_cast<T*>(a.component_weights) + video * a.K * 3;
+    e.triplet_weights = static_cast<T*>(a.triplet_weights) + video * a.K;
+    kernels().entropy_forward[sizeof(T) == 8 ? kFloat64 : kFloat32].run(e, 0, 1, s.hidden);
+  }
+
+  // ---- all products of V; keys and values of the triplets ----
+
+  void product(int64_t unit, const Scratch& s) const {
+    if (unit >= panels(kVisualWeight)) {
+      unit -= panels(kVisualWeight);
+      multiply_rows(triplet_rows, calibrated, a.text_width, matrix(kTripletWeight), unit, unit + 1, s,
+                    [&](int64_t row, int64_t column, Vec<T> y) { store(y, keys_values + row * 2 * d + column); });
+      return;
+    }
+    const T* bias = vector(kVisualBias);
+    const int64_t gate_end = a.emotions ? gate_at + a.d + 1 : gate_at;
+    multiply_rows(rows, visual, d, matrix(kVisualWeight), unit, unit + 1, s, [&](int64_t row, int64_t column, Vec<T> y) {
+      y += load(bias + column);
+      if (column < gate_at || column >= gate_end) return store(y, products + row * visual_columns + column);
+      // Gate keys are a right operand: [d + 1, N], the last row what a frame adds to its scores.
+      T* to = gate_keys + (row / a.N) * (a.d + 1) * frames + row % a.N;
+      for (int64_t i = 0; i < kLanes<T> && column + i < gate_end; ++i) to[(column + i - gate_at) * frames] = y[i];
+    });
+  }
+
+  // ---- each head's three values of a triplet, through the FFN's first layer and the router: [pairs][heads][3] rows ----
+
+  void triplet_hidden(int64_t unit, const Scratch& s) const {
+    const int64_t h = unit / panels(kHiddenWeight), panel = unit % panels(kHiddenWeight), width = hidden + router;
+    multiply_rows(triplet_rows, keys_values + d + h * head, 2 * d, matrix(kHiddenWeight, h), panel, panel + 1, s,
+                  [&](int64_t row, int64_t column, Vec<T> y) {
+                    store(y, of_values + ((row / 3 * a.heads + h) * 3 + row % 3) * width + column);
+                  });
+  }
+
+  // ---- (19)-(21): the frames of `count` pairs attend to the dictionary, and are gathered by the gate ----
+
+  // query, of, to: the first pair's rows. pair: its number among pairs, or among videos where emotions come first.
+  void augment(int64_t pair, int64_t count, int64_t pairs_of_video, const T* query, int64_t query_stride, const T* of,
+               T* to, const Scratch& s) const {
+    const int64_t all = count * a.N;
+    const T scale = 1 / std::sqrt(T(head));
+    if (a.explain) memset(s.weights, 0, all * words * sizeof(T));
+    for (int64_t h = 0; h < a.heads; ++h) {
+      multiply_rows(all, query + h * head, query_stride, matrix(kKey, h), 0, panels(kKey), s,
+                    [&](int64_t row, int64_t column, Vec<T> y) { store(y * scale, s.scores + row * words + column); });
+      for (int64_t i = 0; i < all; ++i) {
+        T* row = s.scores + i * words;
+        const T share = softmax_numerators(row, a.W);  // (19)
+        for (int64_t w = 0; w < a.W; w += kLanes<T>) store(load(row + w) * share, row + w);
+        if (a.explain)
+          for (int64_t w = 0; w < a.W; w += kLanes<T>)
+            store(load(s.weights + i * words + w) + load(row + w) * (1 / T(a.heads)), s.weights + i * words + w);
+      }
+      multiply_rows(all, s.scores, words, matrix(kValue, h), 0, Packed<S>::panels(head), s,
+                    [&](int64_t row, int64_t column, Vec<T> y) {
+                      put_row(y, column, head, s.candidates + row * d + h * head);
+                    });
+    }
+    for (int64_t p = 0; p < count; ++p) {
+      const int64_t video = (pair + p) / pairs_of_video;
+      const T* keys = gate_keys + video * (a.d + 1) * frames;
+      multiply<T, false>(a.N, a.N, a.d, {of + p * a.N * d, d, 1}, {keys, frames}, s.scores, frames);
+      for (int64_t i = 0; i < a.N; ++i) {
+        T* row = s.scores + i * frames;
+        for (int64_t j = 0; j < a.N; j += kLanes<T>) store(load(row + j) + load(keys + a.d * frames + j), row + j);
+        const T share = softmax_numerators(row, a.N);  // (20)
+        for (int64_t j = 0; j < a.N; j += kLanes<T>) store(load(row + j) * share, row + j);
+      }
+      T* out = to + p * a.N * d;
+      multiply<T, false>(a.N, a.d, a.N, {s.scores, frames, 1}, {s.candidates + p * a.N * d, d}, out, d);  // (21)
+      for (int64_t i = 0; i < a.N; ++i) memset(out + i * d + a.d, 0, (d - a.d) * sizeof(T));
+      if (a.explain) explain_emotions(video, (pair + p) % pairs_of_video, s.scores, s.weights + p * a.N * words);
+    }
+  }
+  // The words' weights, mean over heads, by the gate's mean row.
+  void explain_emotions(int64_t video, int64_t k, const T* gate, const T* weights) const {
+    const int64_t copies = a.emotion_first ? a.K : 1;
+    T* out = static_cast<T*>(a.emotion_distribution) + ((a.first + video) * a.K + k) * a.W;
+    for (int64_t w = 0; w < a.W; ++w) {
+      T sum = 0;
+      for (int64_t j = 0; j < a.N; ++j) {
+        T mean = 0;
+        for (int64_t i = 0; i < a.N; ++i) mean += gate[i * frames + j];
+        sum += mean / T(a.N) * weights[j * words + w];
+      }
+      for (int64_t copy = 0; copy < copies; ++copy) out[copy * a.W + w] = sum;
+    }
+  }
+  void emotions_of_frames(int64_t v, const Scratch& s) const {
+    augment(v, 1, 1, products + v * a.N * visual_columns + emotion_query_at, visual_columns, visual + v * a.N * d,
+            context + v * a.N * d, s);
+  }
+  void project_emotions(int64_t unit, const Scratch& s) const {
+    const T* bias = vector(kEmotionBias);
+    multiply_rows(rows, context, d, matrix(kEmotionWeight), unit, unit + 1, s, [&](int64_t row, int64_t column, Vec<T> y) {
+      store(y + load(bias + column), emotions + row * 2 * d + column);
+    });
+  }
+
+  // ---- F of pairs [begin, end), (17)-(18), and their emotions ----
+
+  void facts_of(int64_t begin, int64_t end, const Scratch& s) const {
+    for (int64_t pair = begin; pair < end; pair += block_pairs()) {
+      const int64_t count = end - pair < block_pairs() ? end - pair : block_pairs(), all = count * a.N;
+      for (int64_t p = 0; p < count; ++p) hidden_of(pair + p, s.hidden + p * a.N * hidden, s);
+      const T* bias = vector(kFfnBias);
+      T* out = facts + pair * a.N * d;
+      const auto frame = [&](int64_t row) { return (pair + row / a.N) / a.K * a.N + row % a.N; };
+      multiply_rows(all, s.hidden, hidden, matrix(kFfnWeight), 0, panels(kFfnWeight), s,
+                    [&](int64_t row, int64_t column, Vec<T> y) {
+                      const T* residual = a.emotion_first ? emotions + frame(row) * 2 * d : visual + frame(row) * d;
+                      store(y + load(bias + column) + load(residual + column), out + row * d + column);
+                    });
+      for (int64_t i = 0; i < all; ++i) normalise(out + i * d);
+      if (!a.emotions || a.emotion_first) continue;
+      const T* query_bias = vector(kEmotionQueryBias);
+      multiply_rows(all, out, d, matrix(kEmotionQueryWeight), 0, panels(kEmotionQueryWeight), s,
+                    [&](int64_t row, int64_t column, Vec<T> y) {
+                      store(y + load(query_bias + column), s.query + row * d + column);
+                    });
+      augment(pair, count, a.K, s.query, d, out, context + pair * a.N * d, s);
+    }
+  }
+  // The FFN's hidden layer [N, F], and the triplet's part of the logits.
+  void hidden_of(int64_t pair, T* to, const Scratch& s) const {
+    const int64_t first = pair / a.K * a.N, width = hidden + router, terms = a.heads * 3;
+    const T* of_frames = products + first * visual_columns;
+    if (!a.retrieval) {
+      for (int64_t n = 0; n < a.N; ++n)
+        for (int64_t i = 0; i < hidden; i += kLanes<T>)
+          store(gelu<T>(load(of_frames + n * visual_columns + i)), to + n * hidden + i);
+      return;
+    }
+    attend_to_triplet(pair, s.attention);
+    const T* values = of_values + pair * terms * width;
+    for (int64_t column = 0; column < width; column += kPanelColumns<S>) {
+      constexpr int64_t kColumns = kPanelColumns<S>;
+      for (int64_t n = 0; n < a.N; n += kBlockRows) {
+        const int64_t step = a.N - n < kBlockRows ? a.N - n : kBlockRows;
+        multiply_block<T, false>(step, kColumns, terms, {s.attention + n * terms, terms, 1}, {values + column, width},
+                                 s.product, kColumns);
+        for (int64_t i = 0; i < step; ++i)
+          for (int64_t j = 0; j < kColumns; j += kLanes<T>) {
+            const Vec<T> y = load(s.product + i * kColumns + j);
+            const int64_t at = column + j;
+            if (at < hidden)
+              store(gelu<T>(y + load(of_frames + (n + i) * visual_columns + at)), to + (n + i) * hidden + at);
+            else
+              store(y, router_parts + (pair * a.N + n + i) * router + at - hidden);
+          }
+      }
+    }
+  }
+  // (17): attention of each frame over the triplet's three parts, [N, heads * 3].
+  void attend_to_triplet(int64_t pair, T* to) const {
+    const int64_t first = pair / a.K * a.N, terms = a.heads * 3;
+    const T* query = a.emotion_first ? emotions + d : products + query_at;
+    const int64_t stride = a.emotion_first ? 2 * d : visual_columns;
+    for (int64_t n = 0; n < a.N; ++n)
+      for (int64_t h = 0; h < a.heads; ++h) {
+        const T* q = query + (first + n) * stride + h * head;
+        const T* keys = keys_values + pair * 3 * 2 * d + h * head;
+        Vec<T> dot[3] = {};
+        for_row<T>(head, [&](int64_t i, auto part) {
+          const Vec<T> x = part.get(q + i, 0);
+#pragma GCC unroll 3
+          for (int c = 0; c < 3; ++c) dot[c] += x * part.get(keys + c * 2 * d + i, 0);
+        });
+        T* score = to + n * terms + h * 3;
+        for (int c = 0; c < 3; ++c) score[c] = sum_lanes<T>(dot[c]);
+        const T best = max_of(max_of(score[0], score[1]), score[2]);
+        for (int c = 0; c < 3; ++c) score[c] -= best;
+      }
+    for_row<T>(a.N * terms, [&](int64_t i, auto part) { part.put(exp_nonpositive<T>(part.get(to + i, 0)), to + i); });
+    for (T* score = to; score < to + a.N * terms; score += 3) {
+      const T share = 1 / (score[0] + score[1] + score[2]);
+      for (int c = 0; c < 3; ++c) score[c] *= share;
+    }
+  }
+  void normalise(T* row) const {  // LayerNorm of (18); zeros beyond d
+    RowSum<T> sum, squares;
+    for_row_sums<T>(a.d, [&](int64_t i, auto part, int chain) { sum.chain[chain] += part.get(row + i, 0); });
+    const T mean = sum.total() / T(a.d);
+    for_row_sums<T>(a.d, [&](int64_t i, auto part, int chain) {
+      const Vec<T> x = part.get(row + i, mean) - mean;
+      squares.chain[chain] += x * x;
+    });
+    const T scale = 1 / std::sqrt(squares.total() / T(a.d) + T(a.norm_eps));
+    const T *weight = vector(kNormWeight), *bias = vector(kNormBias);
+    for_row<T>(a.d, [&](int64_t i, auto part) {
+      part.put((part.get(row + i, 0) - mean) * scale * load(weight + i) + load(bias + i), row + i);
+    });
+    memset(row + a.d, 0, (d - a.d) * sizeof(T));
+  }
+
+  // ---- (22), (23), (26), and the sums of (27) ----
+
+  // Unit: a video's facts (even) or context (odd).
+  void route(int64_t unit, const Scratch& s) const {
+    const int64_t v = unit / 2;
+    const bool of_context = unit % 2;
+    if (of_context && !a.emotions) return;
+    const bool once = of_context && a.emotion_first;  // E is the same for all K, whose weights sum to 1
+    T *logits = s.gate, *weights = s.gate + a.N * a.K;
+    RoutingArgs r{};
+    r.K = once ? 1 : a.K, r.N = a.N, r.d = d;
+    r.facts = facts + v * a.K * a.N * d;
+    r.emotions = context + v * (once ? 1 : a.K) * a.N * d;
+    r.routed = routed_rows + v * 2 * a.N * d;
+    r.pooled = pooled + v * 2 * d;
+    r.weights = of_context ? weights : static_cast<T*>(a.routing_weights) + (a.first + v) * a.N * a.K;
+    memset(logits, 0, a.N * a.K * sizeof(T));
+    if (routed && !once) route_logits(v, logits);
+    r.logits = logits;
+    kernels().routing_forward[sizeof(T) == 8 ? kFloat64 : kFloat32].run(r, of_context, of_context + 1, s.hidden);
+    if (!of_context) return;
+    T* mean = mean_context + v * d;  // over frames, for the classification head
+    memset(mean, 0, d * sizeof(T));
+    for (int64_t n = 0; n < a.N; ++n)
+      for (int64_t i = 0; i < d; i += kLanes<T>)
+        store(load(mean + i) + load(routed_rows + ((v * 2 + 1) * a.N + n) * d + i), mean + i);
+    for (int64_t i = 0; i < d; i += kLanes<T>) store(load(mean + i) * (1 / T(a.N)), mean + i);
+  }
+  void route_logits(int64_t v, T* logits) const {  // [N, K]
+    for (int64_t n = 0; n < a.N; ++n)
+      for (int64_t j = 0; j < a.K; ++j) {
+        T sum = 0;
+        for (int64_t k = 0; k < a.K; ++k) sum += router_parts[((v * a.K + k) * a.N + n) * router + k * a.K + j];
+        logits[n * a.K + j] = sum + vector(kRouterBias)[j];
+      }
+    if (!a.video_router) return;
+    for (int64_t j = 0; j < a.K; ++j) {
+      T mean = 0;
+      for (int64_t n = 0; n < a.N; ++n) mean += logits[n * a.K + j];
+      for (int64_t n = 0; n < a.N; ++n) logits[n * a.K + j] = mean / T(a.N);
+    }
+  }
+
+  // ---- M of (27): one panel of columns of both gates and of both halves; the classification head ----
+
+  void gate(int64_t unit, const Scratch& s) const {
+    const int64_t panels_of_d = Packed<S>::panels(d);
+    if (unit >= panels_of_d) return classify(unit - panels_of_d, s);
+    const int64_t width = kPanelColumns<S>, first = unit * width;
+    gate_values(unit, first, static_cast<S*>(a.fact_gate), s);
+    for (int64_t v = 0; v < a.videos; ++v)
+      for (int64_t n = 0; n < a.N; ++n)
+        for (int64_t j = 0; j < width; j += kLanes<T>)
+          store(load(s.gate + v * width + j) * load(routed_rows + (v * 2 * a.N + n) * d + first + j),
+                fused + (v * fused_rows + n) * d + first + j);
+    if (!a.emotions) return;
+    gate_values(panels_of_d + unit, first, static_cast<S*>(a.emotion_gate), s);
+    const auto put = [&](int64_t v, int64_t n, int64_t column, Vec<T> emotion) {
+      store(load(s.gate + v * width + column - first) * emotion, fused + (v * fused_rows + a.N + n) * d + column);
+    };
+    if (a.emotion_first) {
+      for (int64_t row = 0; row < rows; ++row)
+        for (int64_t j = first; j < first + width; j += kLanes<T>)
+          put(row / a.N, row % a.N, j, load(emotions + row * 2 * d + j));
+      return;
+    }
+    const T* bias = vector(kEmotionBias);
+    for (int64_t v = 0; v < a.videos; ++v)  // phi_E after the routing
+      multiply_rows(a.N, routed_rows + (v * 2 + 1) * a.N * d, d, matrix(kEmotionWeight), unit, unit + 1, s,
+                    [&](int64_t n, int64_t column, Vec<T> y) { put(v, n, column, y + load(bias + column)); });
+  }
+  // (24), (25): one panel of a gate into s.gate [videos, kPanelColumns]; shown: [B, d] or null.
+  void gate_values(int64_t panel, int64_t first, S* shown, const Scratch& s) const {
+    const int64_t width = kPanelColumns<S>;
+    if (!a.bias_adjustment)
+      for (int64_t i = 0; i < a.videos * width; ++i) s.gate[i] = 1;
+    else
+      multiply_rows(a.videos, pooled, 2 * d, matrix(kGateWeight), panel, panel + 1, s,
+                    [&](int64_t v, int64_t column, Vec<T> y) {
+                      store(tanh_of<T>(y + load(vector(kGateBias) + column)), s.gate + v * width + column - panel * width);
+                    });
+    if (!a.explain) return;
+    for (int64_t v = 0; v < a.videos; ++v)
+      for (int64_t j = 0; j < width && first + j < a.d; ++j)
+        narrow(s.gate[v * width + j], shown + (a.first + v) * a.d + first + j);
+  }
+  void classify(int64_t panel, const Scratch& s) const {
+    const T* bias = vector(kHeadBias);
+    multiply_rows(a.videos, mean_context, d, matrix(kHeadWeight), panel, panel + 1, s,
+                  [&](int64_t v, int64_t column, Vec<T> y) {
+                    y += load(bias + column);
+                    put_row(y, column, a.W, static_cast<S*>(a.emotion_logits) + (a.first + v) * a.W);
+                  });
+  }
+
+  // ---- (29) ----
+
+  void remember(int64_t unit, const Scratch& s) const {
+    multiply_rows(a.videos * fused_rows, fused, d, matrix(kMemoryWeight), unit, unit + 1, s,
+                  [&](int64_t row, int64_t column, Vec<T> y) { store(y, memory + row * memory_columns + column); });
+  }
+  // Unit: one head of one video. Scores stand by token, so that a softmax runs down the columns.
+  void read_memory(int64_t unit, const Scratch& s) const {
+    const int64_t v = unit / a.heads, h = unit % a.heads, width = pad(a.queries), values = pad(a.heads * a.queries);
+    const T* of_fused = memory + v * fused_rows * memory_columns;
+    const T* of_visual = products + v * a.N * visual_columns + memory_at;
+    const int64_t all = fused_rows + a.N;
+    const auto token = [&](int64_t t) {
+      return t < fused_rows ? of_fused + t * memory_columns : of_visual + (t - fused_rows) * visual_columns;
+    };
+    T* p = s.hidden;
+    for (int64_t i = 0; i < a.queries; i += kLanes<T>) {
+      Vec<T> best = load(token(0) + h * a.queries + i), total{};
+      for (int64_t t = 1; t < all; ++t) best = max_vec<T>(best, load(token(t) + h * a.queries + i));
+      for (int64_t t = 0; t < all; ++t) {
+        const Vec<T> e = exp_nonpositive<T>(load(token(t) + h * a.queries + i) - best);
+        store(e, p + t * width + i);
+        total += e;
+      }
+      for (int64_t t = 0; t < all; ++t) store(load(p + t * width + i) / total, p + t * width + i);
+    }
+    const int64_t head_row = pad(head);
+    T* out = s.candidates;
+    multiply<T, false>(a.queries, head, fused_rows, {p, 1, width}, {of_fused + values + h * head, memory_columns}, out, head_row);
+    multiply<T, true>(a.queries, head, a.N, {p + fused_rows * width, 1, width},
+                      {of_visual + values + h * head, visual_columns}, out, head_row);
+    for (int64_t i = 0; i < a.queries; ++i)
+      memcpy(read + (v * a.queries + i) * d + h * head, out + i * head_row, head * sizeof(T));
+  }
+  void write_tokens(int64_t unit, const Scratch& s) const {
+    const T* bias = vector(kOutputBias);
+    S* out = static_cast<S*>(a.tokens) + a.first * a.queries * a.output_width;
+    multiply_rows(a.videos * a.queries, read, d, matrix(kOutputWeight), unit, unit + 1, s,
+                  [&](int64_t row, int64_t column, Vec<T> y) {
+                    const T* added = bias + row % a.queries * a.output_width + column;
+                    const int64_t left = a.output_width - column;
+                    y += left < kLanes<T> ? load_part(added, left, T(0)) : load(added);
+                    put_row(y, column, a.output_width, out + row * a.output_width);
+                  });
+  }
+
+  int64_t units(int stage) const {
+    switch (stage) {
+      case kVideo: return video_units() + (a.retrieval ? a.videos : 0);
+      case kProducts: return panels(kVisualWeight) + (a.retrieval ? panels(kTripletWeight) : 0);
+      case kTriplets: return a.retrieval ? a.heads * panels(kHiddenWeight) : 0;
+      case kEmotionsOfFrames: return a.emotion_first ? a.videos : 0;
+      case kEmotionsProjected: return a.emotion_first ? panels(kEmotionWeight) : 0;
+      case kFacts: return pairs;
+      case kRouting: return 2 * a.videos;
+      case kGating: return Packed<S>::panels(d) + (a.emotions ? panels(kHeadWeight) : 0);
+      case kMemory: return panels(kMemoryWeight);
+      case kReading: return a.videos * a.heads;
+      default: return panels(kOutputWeight);
+    }
+  }
+  void run(int stage, int64_t begin, int64_t end, void* base) const {
+    const Scratch s = scratch(base);
+    if (stage == kFacts) return facts_of(begin, end, s);
+    for (int64_t unit = begin; unit < end; ++unit) switch (stage) {
+      case kVideo: video(unit, s); break;
+      case kProducts: product(unit, s); break;
+      case kTriplets: triplet_hidden(unit, s); break;
+      case kEmotionsOfFrames: emotions_of_frames(unit, s); break;
+      case kEmotionsProjected: project_emotions(unit, s); break;
+      case kRouting: route(unit, s); break;
+      case kGating: gate(unit, s); break;
+      case kMemory: remember(unit, s); break;
+      case kReading: read_memory(unit, s); break;
+      default: write_tokens(unit, s);
+    }
+  }
+};
+
+}  // namespace
+
+void add_folded_encoder(Kernels& kernels) {
+  for_each_dtype([&](Dtype dtype, auto storage) {
+    typedef Folded<decltype(storage)> F;
+    kernels.folded[dtype] = {
+        [](const FoldedArgs& a, FoldedWeight w) -> int64_t { return F(a).size(w); },
+        F::is_vector,
+        [](const FoldedArgs& a) -> size_t { return F(a).bytes; },
+        [](const FoldedArgs& a) -> size_t { return F(a).scratch(nullptr).bytes; },
+        [](const FoldedArgs& a, int stage) -> int64_t { return F(a).units(stage); },
+        [](const FoldedArgs& a, int stage, int64_t begin, int64_t end, void* base) { F(a).run(stage, begin, end, base); },
+        kStages,
+    };
+  });
+}
+
+}  // namespace evc::EVC_NAMESPACE

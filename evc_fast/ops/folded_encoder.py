@@ -1,0 +1,245 @@
+"""The folded encoder, equations (10)-(29) of FACE-net with fixed weights, as one call."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from evc_fast.ops import dispatch
+from evc_fast.ops._contract import check_arguments
+from evc_fast.ops._library import LIBRARY, NAMESPACE
+from evc_fast.ops.packed_linear import pack_weight
+from evc_fast.reference._dtypes import accumulate_dtype
+from evc_fast.reference.folded_encoder import FoldedOptions, FoldedOutput, FoldedWeights, visual_sections
+from evc_fast.reference.folded_encoder import folded_encoder as reference
+
+_PAD = 32  # kFoldedPad of csrc/ops.h: the columns of every section, whatever the instruction set
+_NORM_EPS = 1e-5
+
+
+def folded_encoder(
+    video: Tensor,
+    triplets: Tensor | None,
+    similarity: Tensor | None,
+    groups: Tensor | None,
+    weights: FoldedWeights,
+    options: FoldedOptions,
+    *,
+    packed: list[Tensor] | None = None,
+    explain: bool = False,
+    impl: dispatch.Impl | None = None,
+) -> FoldedOutput:
+    """The encoder and Q-former with folded weights.
+
+    Args:
+        video: [B, N, D_v]; the weights' type or float32.
+        triplets: [B, K, 3, D_t], the type of ``video``; None without retrieval.
+        similarity: [B, K], any floating type; None without retrieval.
+        groups: int64 [B, K]; read with ``merge_identical_triplets`` only.
+        weights, options: of :func:`evc_fast.model.folded.fold_weights`; all weights of one type and device.
+        packed: what :func:`pack_folded_encoder` made of them; None packs anew, at many times the cost of a call.
+        explain: also return what explains the caption.
+        impl: "reference" (plain PyTorch, differentiable in the features), "cpp" (no gradients), or None: the fastest
+            one that serves the tensors.
+
+    Returns:
+        :class:`~evc_fast.reference.folded_encoder.FoldedOutput`.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, rank, size or device.
+        RuntimeError: ``impl`` cannot run here.
+    """
+    named = [("video", video, ("B", "N", "D_v"))]
+    if options.retrieval:
+        named.append(("triplets", triplets, ("B", str(options.num_triplets), "3", "D_t")))
+        named.append(("similarity*", similarity, ("B", str(options.num_triplets))))
+    if options.retrieval and options.merge_identical_triplets:
+        named.append(("groups", groups, ("B", str(options.num_triplets))))
+    check_arguments("folded_encoder", named)
+    inputs = [video, triplets, similarity]
+    wants_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    if impl == "cpp" and wants_gradient:
+        raise RuntimeError('folded_encoder: impl="cpp" has no gradients: use "reference", or torch.no_grad()')
+    if impl is None and wants_gradient:
+        impl = "reference"
+    run = dispatch.select("folded_encoder", impl, weights.ffn_weight, _compiled, _reference)
+    groups = groups if options.merge_identical_triplets else None
+    return run(video, triplets, similarity, groups, weights, options, packed, explain)
+
+
+def _reference(video, triplets, similarity, groups, weights, options, packed, explain) -> FoldedOutput:
+    dtype = weights.ffn_weight.dtype
+    video = video.to(dtype)
+    if options.retrieval:
+        triplets, similarity = triplets.to(dtype), similarity.to(accumulate_dtype(video))
+    return reference(video, triplets, similarity, groups, weights, options, explain=explain)
+
+
+def _compiled(video, triplets, similarity, groups, weights, options, packed, explain) -> FoldedOutput:
+    dtype = accumulate_dtype(weights.ffn_weight)
+    if options.retrieval:
+        triplets, similarity = triplets.to(dtype), similarity.to(dtype)
+    tokens, emotion_logits, component, triplet, routing, distribution, fact_gate, emotion_gate = (
+        torch.ops.evc_fast.folded_encoder_forward(
+            video.to(dtype),
+            triplets,
+            similarity,
+            groups,
+            pack_folded_encoder(weights, options) if packed is None else packed,
+            folded_sizes(weights, options),
+            _NORM_EPS,
+            explain,
+        )
+    )
+    emotions = options.emotion_augmentation
+    output = FoldedOutput(tokens, emotion_logits if emotions else None)
+    if not explain:
+        return output
+    return output._replace(
+        component_weights=component if options.retrieval else None,
+        triplet_weights=triplet if options.retrieval else None,
+        routing_weights=routing,
+        emotion_distribution=distribution if emotions else None,
+        fact_gate=fact_gate,
+        emotion_gate=emotion_gate if emotions else None,
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _flags(options: FoldedOptions, projected: bool) -> list[int]:
+    o = options
+    flags = projected, o.retrieval, o.emotion_augmentation, o.bias_adjustment, o.emotion_first, o.video_router
+    return [int(flag) for flag in (*flags, o.self_refine, o.cross_refine)]
+
+
+def folded_sizes(weights: FoldedWeights, options: FoldedOptions) -> list[int]:
+    """Sizes and flags in the order of csrc/folded_encoder.cpp."""
+    w, o = weights, options
+    d, hidden = w.ffn_weight.shape
+    video_width = d if w.video_weight is None else w.video_weight.shape[1]
+    words = 0 if w.key is None else w.key.shape[0]
+    text_width = 0 if w.triplet_weight is None else w.triplet_weight.shape[1]
+    sizes = [o.num_groups, words, d, o.num_heads, hidden, video_width, text_width, o.num_queries, len(w.output_weight)]
+    return sizes + _flags(o, w.video_weight is not None)
+
+
+@torch.no_grad()
+def pack_folded_encoder(weights: FoldedWeights, options: FoldedOptions) -> list[Tensor]:
+    """The weights in the order of ``FoldedWeight`` in csrc/ops.h: matrices in panels, sections padded; absent ones empty.
+
+    Raises:
+        RuntimeError: the compiled library is absent.
+        TypeError: the weights' type or device is not one that it takes.
+    """
+    w, o = weights, options
+    d, heads = w.ffn_weight.shape[0], o.num_heads
+    dtype = w.ffn_weight.dtype
+    accumulate = accumulate_dtype(w.ffn_weight)
+    visual = list(visual_sections(w, o).values())
+    memory = [heads * o.num_queries, d]
+    visual[-1:] = memory
+    if o.emotion_augmentation:
+        visual[-4:-2] = [d + 1]  # gate_key and gate_bias are one right operand
+
+    def matrix(weight: Tensor | None, *sections: int) -> Tensor:
+        if weight is None:
+            return torch.empty(0, dtype=dtype)
+        padded = _pad_rows(weight, sections)
+        return pack_weight(padded.reshape(-1, *padded.shape[-2:])).flatten()
+
+    def vector(bias: Tensor | None, *sections: int) -> Tensor:
+        if bias is None:
+            return torch.empty(0, dtype=accumulate)
+        return _pad_rows(bias.to(accumulate)[:, None], sections).flatten()
+
+    hidden = by_word = by_feature = gate = None
+    if o.retrieval:
+        hidden = w.hidden_weight.mT  # [heads, F + K K, d / heads]
+    if o.emotion_augmentation:
+        by_word = w.key.unflatten(1, (heads, -1)).transpose(0, 1)  # [heads, W, d / heads]
+        by_feature = w.value.unflatten(1, (heads, -1)).permute(1, 2, 0)  # [heads, d / heads, W]
+    if w.gate_weight is not None:  # it reads [pooled F ; pooled context], each padded
+        gate = _pad_rows(w.gate_weight.T, [d] * (w.gate_weight.shape[1] // d)).T
+    words = 0 if w.key is None else len(w.key)
+    gates = [d] * (0 if gate is None else len(gate) // d)
+    emotions = [d] * (0 if w.emotion_weight is None else len(w.emotion_weight) // d)
+    router = [] if w.router_bias is None else [o.num_groups**2]
+    return [
+        matrix(w.video_weight, d),
+        vector(w.video_bias, d),
+        matrix(w.visual_weight, *visual),
+        vector(w.visual_bias, *visual),
+        matrix(w.triplet_weight, d, d),
+        matrix(hidden, w.ffn_weight.shape[1], *router),
+        torch.empty(0, dtype=accumulate) if w.router_bias is None else w.router_bias.to(accumulate),
+        matrix(w.ffn_weight, d),
+        vector(w.ffn_bias, d),
+        vector(w.norm_weight, d),
+        vector(w.norm_bias, d),
+        matrix(w.emotion_query_weight, d),
+        vector(w.emotion_query_bias, d),
+        matrix(by_word, words),
+        matrix(by_feature, d // heads),
+        matrix(w.emotion_weight, *emotions),
+        vector(w.emotion_bias, *emotions),
+        matrix(gate, *gates),
+        vector(w.gate_bias, *gates),
+        matrix(w.head_weight, words),
+        vector(w.head_bias, words),
+        matrix(w.memory_weight, *memory),
+        pack_weight(w.output_weight[None]).flatten(),
+        w.output_bias.to(accumulate).flatten(),
+    ]
+
+
+def _pad_rows(x: Tensor, sections: list[int] | tuple[int, ...]) -> Tensor:
+    """Each section of the rows [..., rows, columns] followed by rows of zeros up to a multiple of _PAD."""
+    parts = x.split(list(sections), -2)
+    return torch.cat([F.pad(part, (0, 0, 0, -part.shape[-2] % _PAD)) for part in parts], -2).contiguous()
+
+
+@functools.partial(torch.library.register_fake, f"{NAMESPACE}::folded_encoder_forward", lib=LIBRARY)
+def _forward_fake(video, triplets, similarity, groups, weights, sizes, norm_eps, explain):
+    k, words, d, _, _, _, _, queries, output_width, _, retrieval, emotions, *_ = sizes
+    batch, frames, _ = video.shape
+    stored = weights[7]
+    shown = batch if explain else 0
+    return (
+        stored.new_empty(batch, queries, output_width),
+        stored.new_empty(batch if emotions else 0, words),
+        video.new_empty(batch if retrieval else 0, k, 3),
+        video.new_empty(batch if retrieval else 0, k),
+        video.new_empty(batch, frames, k),
+        video.new_empty(shown if emotions else 0, k, words),
+        stored.new_empty(shown, d),
+        stored.new_empty(shown if emotions else 0, d),
+    )
+
+
+@register_flop_formula(torch.ops.evc_fast.folded_encoder_forward)
+def _forward_flops(video_shape, triplets_shape, similarity_shape, groups_shape, weights_shape, sizes, *_, **__) -> int:
+    """Matrix products without their padding, 2 FLOPs a multiply-add."""
+    k, words, d, heads, hidden, video_width, text_width, queries, output_width, *flags = sizes
+    projected, retrieval, emotions, adjusts, emotion_first, *_ = flags
+    frames = video_shape[1]
+    routed = retrieval and adjusts and k > 1
+    rows, terms = k * frames, 3 * heads
+    memory = heads * queries + d
+    tokens = (2 if emotions else 1) * frames
+    products = frames * video_width * d * projected
+    products += frames * d * (hidden + memory + (retrieval or emotion_first) * d + emotions * (d + 1))
+    if retrieval:
+        of_triplet = hidden + k * k * routed
+        products += 3 * k * (2 * d * text_width + d * of_triplet) + rows * (3 * d + terms * of_triplet)
+    products += rows * hidden * d
+    if emotions:
+        attending = frames if emotion_first else rows
+        products += attending * d * (2 * words + 2 * frames + (0 if emotion_first else d)) + d * words
+        products += frames * d * d * (2 if emotion_first and retrieval else 1)
+    products += adjusts * d * d * (4 if emotions else 1)
+    products += tokens * d * memory + queries * d * (2 * (tokens + frames) // 2) + queries * d * output_width
+    return 2 * video_shape[0] * products
