@@ -1,7 +1,7 @@
-"""Equations (17), (18) and (21)-(27) with linear maps moved past each other, to where they meet fewer rows.
+"""Equations (17), (18), (20)-(23), (26), (27) with linear maps moved past each other, to where they meet fewer rows.
 
-The same two functions as in :mod:`evc_fast.model.straight`, and the same results. No identity here needs the weights to
-be fixed: parameters are read as they stand, gradients are exact, and training gains as inference does.
+The same three functions as in :mod:`evc_fast.model.straight`, and the same results. No identity here needs the weights
+to be fixed: parameters are read as they stand, gradients are exact, and training gains as inference does.
 """
 
 from __future__ import annotations
@@ -38,6 +38,22 @@ def factual_semantics(
     if encoder.config.router == "video":
         hidden = hidden._replace(weights=hidden.weights.mean(2, keepdim=True))
     return update, hidden.route(encoder.router.weight).expand(-1, v.shape[2], -1)
+
+
+def visual_gate(encoder: FaceNetEncoder, summed: Tensor, facts: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
+    """Arguments and results of :func:`evc_fast.model.straight.visual_gate`."""
+    key = encoder.phi_v(visual)
+    if facts.shape[1] == 1:
+        return encoder.phi_f(facts), key
+    # (20): with F = gamma x + beta, phi_F(F) k = x (gamma W_F k) + phi_F(beta) k, so W_F meets V's N rows, not K N.
+    norm, d = encoder.fact_norm, key.shape[-1]
+    shift = key @ encoder.phi_f(norm.bias)  # [B, N], differs from key to key
+    key = key @ (encoder.phi_f.weight * norm.weight)
+    # x sums to 0, so x + 1 sums to d: a key of mean shift / d carries the shift, and what its own mean was has no say.
+    key = key + ((shift - key.sum(-1)) / d).unsqueeze(-1)
+    ones = torch.ones_like(norm.bias)
+    query = F.layer_norm(summed, norm.normalized_shape, ones, ones, norm.eps)
+    return query.to(summed.dtype), key
 
 
 def routing(

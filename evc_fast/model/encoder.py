@@ -1,6 +1,7 @@
-"""The FACE-net encoder, equations (10)-(29): batched over the K retrieval groups, each product where it is printed.
+"""The FACE-net encoder, equations (10)-(29), batched over the K retrieval groups.
 
-The three fused parts come from :mod:`evc_fast.ops`; everything else is plain PyTorch.
+``forward`` is the one skeleton. Its stages stand twice: as printed in :mod:`evc_fast.model.straight`, and at less cost
+in :mod:`evc_fast.model.commuted`. The fused parts come from :mod:`evc_fast.ops`; everything else is plain PyTorch.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from evc_fast.model import commuted, straight
 from evc_fast.model.attention import MultiHeadAttention
 from evc_fast.model.checkpoint import CONFIG_NAME, WEIGHTS_NAME, assign_strictly, read_folder, write_folder
 from evc_fast.model.config import FaceNetConfig
+from evc_fast.model.dropout import Dropout
 from evc_fast.model.qformer import QFormer
 from evc_fast.ops.dispatch import Impl
+from evc_fast.reference.emotion_attention import emotion_distribution
 
 
 class Explanation(NamedTuple):
@@ -88,7 +91,7 @@ class FaceNetEncoder(nn.Module):
         self.ffn = nn.Sequential(
             nn.Linear(2 * d if config.retrieval else d, config.ffn_hidden_dim),
             nn.GELU(),
-            nn.Dropout(config.dropout),
+            Dropout(config.dropout),
             nn.Linear(config.ffn_hidden_dim, d),
         )
         self.fact_norm = nn.LayerNorm(d)
@@ -135,7 +138,8 @@ class FaceNetEncoder(nn.Module):
             groups: int64 ids [B, K], equal where triplets are identical. Read, and then needed, only with
                 ``merge_identical_triplets``.
             explain: also return what explains the caption.
-            impl: which implementation of the ops runs; None chooses.
+            impl: "reference" computes every product as printed, on plain PyTorch: the oracle, and the baseline of all
+                benchmarks. None and "cpp" reorder products, None with the fastest ops for these tensors.
 
         Under autocast the features may have any floating type but float64.
 
@@ -150,7 +154,6 @@ class FaceNetEncoder(nn.Module):
         visual = self.video_projection(video)  # V [B, N, d]
         v = visual.unsqueeze(1)  # [B, 1, N, d]: whatever depends on V alone is computed once for all K
 
-        # Factual calibration, with V as query and residual (fact first) or with E (emotion first).
         component_weights = triplet_weights = calibrated = None
         if config.retrieval:
             calibrated, component_weights, triplet_weights = ops.entropy_calibration(  # (10)-(16)
@@ -161,15 +164,22 @@ class FaceNetEncoder(nn.Module):
                 cross_refine=config.cross_refine,
                 impl=impl,
             )
-        # (22)-(23), and (26)-(27) before the gates
+        # (17)-(21), with V as query and residual of the facts (fact first) or with E (emotion first);
+        # (22)-(23), and (26)-(27) before the gates.
         if config.order == "fact_first":
-            facts, logits = self._factual_semantics(stages, v, v, calibrated)
-            context, distribution = self._emotional_semantics(facts, visual, explain, impl)
+            summed, logits = self._factual_semantics(stages, v, v, calibrated)
+            facts = self._normalize(summed)
+            if config.emotion_augmentation:
+                gate = stages.visual_gate(self, summed, facts, visual)
+                context, distribution = self._emotional_semantics(facts, *gate, explain, impl)
+            else:
+                context, distribution = facts.new_zeros(()).expand_as(facts), None  # stride 0, no memory
             routed, pooled, routing_weights = stages.routing(self, facts, context, logits, impl)
         else:
-            context, distribution = self._emotional_semantics(v, visual, explain, impl)
+            context, distribution = self._emotional_semantics(v, self.phi_f(v), self.phi_v(visual), explain, impl)
             emotions = self.project_emotions(context)
-            facts, logits = self._factual_semantics(stages, v, emotions, calibrated)
+            summed, logits = self._factual_semantics(stages, v, emotions, calibrated)
+            facts = self._normalize(summed)
             routed, pooled, routing_weights = ops.routing_aggregation(
                 facts, emotions.expand_as(facts), logits, impl=impl
             )
@@ -201,33 +211,35 @@ class FaceNetEncoder(nn.Module):
     def _factual_semantics(
         self, stages: ModuleType, v: Tensor, query: Tensor, calibrated: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """v and query [B, 1, N, d], calibrated [B, K, 3, D_t] -> F of (18) [B, K, N, d], logits of (26) [B, N, K]."""
+        """v and query [B, 1, N, d], calibrated [B, K, 3, D_t] -> sum that (18) normalizes, logits of (26) [B, N, K]."""
         if calibrated is None:
             update, logits = self.ffn(v), None  # H = 0
         else:
             update, logits = stages.factual_semantics(self, v, query, calibrated)
-        # Autocast may leave the norm in float32; facts and emotions are routed in one type.
-        facts = self.fact_norm(update + query).to(update.dtype)  # (18)
         if logits is None:  # no router: zeros, whose softmax is 1/K
-            logits = facts.new_zeros(()).expand(facts.shape[0], facts.shape[2], self.config.num_groups)
-        return facts, logits
+            logits = update.new_zeros(()).expand(v.shape[0], v.shape[2], self.config.num_groups)
+        return update + query, logits
+
+    def _normalize(self, summed: Tensor) -> Tensor:
+        """F of (18) in the sum's type: autocast may leave the norm in float32, but facts and emotions share a type."""
+        return self.fact_norm(summed).to(summed.dtype)
 
     def _emotional_semantics(
-        self, query: Tensor, visual: Tensor, explain: bool, impl: Impl | None
+        self, query: Tensor, gate_query: Tensor, gate_key: Tensor, explain: bool, impl: Impl | None
     ) -> tuple[Tensor, Tensor | None]:
-        """query F [B, K, N, d] (or V, K = 1), visual V [B, N, d] -> context [B, K, N, d], distribution [B, K, W].
+        """query F [B, K, N, d] (or V, K = 1), both sides of (20) -> context [B, K, N, d], distribution [B, K, W].
 
-        Rows of q_i (20) sum to 1, so it gathers what Attn_c (19) reads as well as what the maps of (21) make of it.
+        Rows of q_i (20) sum to 1, so it may gather what Attn_c reads (19) before the maps of (21) are applied.
         """
-        if not self.config.emotion_augmentation:
-            return query.new_zeros(()).expand_as(query), None  # nothing to route: stride 0, no memory
         attention = self.emotion_attention
         q = attention.q_proj(query)
         k = attention.k_proj(self.emotion_features)  # [W, d]: the dictionary's keys and values serve the whole batch
         value = attention.v_proj(self.emotion_features)
-        gate_q, gate_k = self.phi_f(query), self.phi_v(visual)
-        context = ops.emotion_attention(q, k, value, gate_q, gate_k, attention.num_heads, impl=impl)  # (19)-(21)
-        distribution = _emotion_distribution(q, k, gate_q, gate_k, attention.num_heads) if explain else None
+        context = ops.emotion_attention(q, k, value, gate_query, gate_key, attention.num_heads, impl=impl)  # (19)-(21)
+        distribution = None
+        if explain:
+            with torch.no_grad():
+                distribution = emotion_distribution(q, k, gate_query, gate_key, attention.num_heads)
         return context, distribution
 
     def project_emotions(self, context: Tensor) -> Tensor:
@@ -357,14 +369,3 @@ def _random_emotion_features(config: FaceNetConfig) -> Tensor:
     """Standard normal [W, d_E] from a generator of its own: the same whatever was seeded, and nothing drawn from it."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(config.num_emotions, config.emotion_dim, generator=generator, device="cpu")
-
-
-@torch.no_grad()
-def _emotion_distribution(query: Tensor, key: Tensor, gate_query: Tensor, gate_key: Tensor, num_heads: int) -> Tensor:
-    """[B, K, W]: the scores that the fused op never writes, for explanation; arguments as of the op."""
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    q = query.to(dtype).unflatten(-1, (num_heads, -1)).transpose(2, 3)  # [B, K, h, N, d / h]
-    k = key.to(dtype).unflatten(-1, (num_heads, -1)).permute(1, 2, 0)  # [h, d / h, W]
-    attention = (q @ k * q.shape[-1] ** -0.5).softmax(-1).mean(2)  # (19) [B, K, N, W]
-    visual_query = (gate_query.to(dtype) @ gate_key.to(dtype).mT.unsqueeze(1)).softmax(-1)  # (20) [B, K, N, N]
-    return (visual_query.mean(2, keepdim=True) @ attention).squeeze(2)

@@ -1,6 +1,6 @@
-"""Equations (17), (18) and (21)-(27) as the paper prints them, batched over the K retrieval groups.
+"""Equations (17), (18), (20)-(23), (26) and (27) as the paper prints them, batched over the K retrieval groups.
 
-:mod:`evc_fast.model.commuted` has the same two functions, with the products in an order that costs less.
+:mod:`evc_fast.model.commuted` has the same three functions, with the products in an order that costs less.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def factual_semantics(
     encoder: FaceNetEncoder, v: Tensor, query: Tensor, calibrated: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Hidden facts and what routes them.
+    """(17), (18) before the residual and the norm, and what (26) makes of H.
 
     Args:
         v: V [B, 1, N, d]: what depends on V alone is computed once for all K.
@@ -38,6 +38,18 @@ def factual_semantics(
         hidden = hidden.mean(2, keepdim=True)
     logits = encoder.router(hidden.transpose(1, 2).flatten(2))  # [H_1 ; ... ; H_K] W_g
     return update, logits.expand(-1, v.shape[2], -1)
+
+
+def visual_gate(encoder: FaceNetEncoder, summed: Tensor, facts: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
+    """The two sides of (20), whose product is phi_F(F_i) phi_V(V)^T up to what is the same in a row.
+
+    Args:
+        summed: what (18) normalizes [B, K, N, d]. facts: F, the normalized [B, K, N, d]. visual: V [B, N, d].
+
+    Returns:
+        queries [B, K, N, d] and keys [B, N, d] of the gate.
+    """
+    return encoder.phi_f(facts), encoder.phi_v(visual)
 
 
 def routing(
