@@ -8,12 +8,13 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from evc_fast.data.image_tower import ImageTower, obstacle
 from evc_fast.data.preprocessing import Preprocessing
 from evc_fast.data.torchvision_ops import make_torchvision_importable
 
@@ -44,14 +45,25 @@ _SHAPES: dict[str, tuple[dict[str, int], dict[str, int], int]] = {
 # their last token.
 Tokenize = Callable[[Sequence[str]], list[list[int]]]
 
+# What computes the image features: `ImageTower`, or the modules of transformers or open_clip as they are.
+Engine = Literal["own", "library"]
+
 
 class ClipTowers:
     """Two frozen towers of one CLIP, in evaluation mode and without gradients; features come out as float32.
 
-    Made by `from_pretrained`, `from_open_clip` or `random`. Attributes:
-    model: nn.Module, both towers with their projections
+    Made by `from_pretrained`, `from_open_clip` or `random`, which share these arguments:
+    dtype: of all weights. None: float32, and for the own image tower what its machine multiplies fastest at CLIP's
+        accuracy (`image_tower.fastest_dtype`).
+    engine: "own" computes image features by `ImageTower`, which runs on a CPU and is made of transformers' CLIP; the
+        library's image tower then keeps its parameters' shapes alone, on the meta device. "library" leaves all to
+        transformers or open_clip. None: "own" where it can run.
+
+    Attributes:
+    model: nn.Module, both towers with their projections: encode_image and encode_text
+    image_tower: `ImageTower`, or None where `engine` is "library"; engine: "own" or "library"
     preprocess: `Preprocessing`, frames uint8 [..., H, W, 3] -> pixel_values [..., 3, image_size, image_size]
-    image_dim, text_dim: D_v, D_t, equal in CLIP; image_size: pixels; device, dtype: of the weights
+    image_dim, text_dim: D_v, D_t, equal in CLIP; image_size: pixels; device, dtype: of the text tower's weights
     fingerprint: identifies architecture, weights and preprocessing; a caption repository stores it
     random_weights: True where the weights are noise; name: what the towers were made from
     """
@@ -67,21 +79,34 @@ class ClipTowers:
         architecture: Mapping[str, Any],
         random_weights: bool,
         device: str | torch.device,
-        dtype: torch.dtype,
+        dtype: torch.dtype | None,
+        engine: Engine | None,
     ) -> None:
-        if not dtype.is_floating_point:
-            raise ValueError(f"dtype must be a floating-point type, not {dtype}")
-        # Taken of the weights as they are stored, so that it does not depend on the type they are cast to here.
+        own = _choose_engine(engine, model, torch.device(device), dtype) == "own"
+        # Taken of the weights as they are stored, so that it does not depend on what is made of them here.
         self.fingerprint = _fingerprint(model, {**architecture, "preprocessing": repr(preprocess)})
-        self.model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        self.model = model.to(device=device, dtype=dtype or torch.float32).eval().requires_grad_(False)
+        if own:
+            model.take_image_tower(mean=preprocess.mean, std=preprocess.std, dtype=dtype)
+        self.image_tower: ImageTower | None = model.image_tower if own else None
         self.name = name
         self.image_dim = self.text_dim = width
         self.image_size = preprocess.crop
         self.preprocess = preprocess
         self.random_weights = random_weights
         self.device = torch.device(device)
-        self.dtype = dtype
+        self.dtype = dtype or torch.float32
         self._tokenize = tokenize
+
+    @property
+    def engine(self) -> Engine:
+        """What computes the image features."""
+        return "library" if self.image_tower is None else "own"
+
+    @property
+    def _pixel_dtype(self) -> torch.dtype:
+        """The own tower rounds its input by itself."""
+        return self.dtype if self.image_tower is None else torch.promote_types(self.dtype, torch.float32)
 
     @property
     def has_tokenizer(self) -> bool:
@@ -90,7 +115,12 @@ class ClipTowers:
 
     @classmethod
     def from_pretrained(
-        cls, name: str | os.PathLike[str], *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        name: str | os.PathLike[str],
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        engine: Engine | None = None,
     ) -> ClipTowers:
         """transformers' CLIP, by the name it has on the Hugging Face hub or by a local folder.
 
@@ -124,6 +154,7 @@ class ClipTowers:
             random_weights=False,
             device=device,
             dtype=dtype,
+            engine=engine,
         )
 
     @classmethod
@@ -133,7 +164,8 @@ class ClipTowers:
         pretrained: str | None,
         *,
         device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
+        engine: Engine | None = None,
     ) -> ClipTowers:
         """open_clip's model `name` with the weights `pretrained` (a tag of open_clip's or a file); the `clip` extra.
 
@@ -162,6 +194,7 @@ class ClipTowers:
             random_weights=pretrained is None,
             device=device,
             dtype=dtype,
+            engine=engine,
         )
 
     @classmethod
@@ -171,7 +204,8 @@ class ClipTowers:
         *,
         seed: int = 0,
         device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
+        engine: Engine | None = None,
     ) -> ClipTowers:
         """Towers in the true shape of "ViT-B/32" or "ViT-L/14", or "tiny" ones, with seeded noise for weights.
 
@@ -203,6 +237,7 @@ class ClipTowers:
             random_weights=True,
             device=device,
             dtype=dtype,
+            engine=engine,
         )
 
     def encode_frames(self, frames: torch.Tensor, *, temporal_kernel: int = 1, batch_size: int = 64) -> torch.Tensor:
@@ -210,11 +245,14 @@ class ClipTowers:
 
         `image_embeds` with their projection, not L2-normalised. `temporal_kernel`: see `encode_pixels`.
         """
+        _check_counts(temporal_kernel=temporal_kernel, batch_size=batch_size)
         if isinstance(frames, torch.Tensor):
             frames = frames.to(self.device)  # resized there; 8-bit frames are the cheapest to move
-        return self.encode_pixels(
-            self.preprocess(frames, self.dtype), temporal_kernel=temporal_kernel, batch_size=batch_size
-        )
+        if self.image_tower is None or temporal_kernel != 1:
+            pixel_values = self.preprocess(frames, self._pixel_dtype)
+            return self.encode_pixels(pixel_values, temporal_kernel=temporal_kernel, batch_size=batch_size)
+        levels = self.preprocess.levels(frames)
+        return self._encode_images(levels, self.image_tower.encode_levels, batch_size)
 
     def encode_pixels(
         self, pixel_values: torch.Tensor, *, temporal_kernel: int = 1, batch_size: int = 64
@@ -227,15 +265,19 @@ class ClipTowers:
         size = self.image_size
         if pixel_values.dim() < 4 or tuple(pixel_values.shape[-3:]) != (3, size, size) or 0 in pixel_values.shape:
             raise ValueError(f"pixel_values must be [..., N, 3, {size}, {size}], not {list(pixel_values.shape)}")
-        for argument, value in (("temporal_kernel", temporal_kernel), ("batch_size", batch_size)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{argument} must be an integer of at least 1, not {value!r}")
-        pixel_values = _mean_over_time(pixel_values.to(self.device), temporal_kernel)  # (1)
-        images = pixel_values.reshape(-1, 3, size, size).to(self.dtype)
+        _check_counts(temporal_kernel=temporal_kernel, batch_size=batch_size)
+        pixel_values = _mean_over_time(pixel_values.to(self.device), temporal_kernel).to(self._pixel_dtype)  # (1)
+        return self._encode_images(pixel_values, self.model.encode_image, batch_size)
+
+    def _encode_images(
+        self, images: torch.Tensor, encode: Callable[[torch.Tensor], torch.Tensor], batch_size: int
+    ) -> torch.Tensor:
+        """[..., N, 3, S, S] -> float32 [..., N, D_v]."""
         with torch.inference_mode():
-            features = torch.cat([self.model.encode_image(part).float() for part in images.split(batch_size)])
+            parts = images.flatten(0, -4).split(batch_size)
+            features = torch.cat([encode(part).float() for part in parts])
         # The copy leaves inference mode behind: what is trained on features must be able to save them for backward.
-        return features.clone().view(*pixel_values.shape[:-3], self.image_dim)
+        return features.clone().view(*images.shape[:-3], self.image_dim)
 
     def encode_text(
         self,
@@ -278,12 +320,38 @@ class _TransformersTowers(nn.Module):
     def __init__(self, clip: nn.Module) -> None:
         super().__init__()
         self.clip = clip
+        self.image_tower: ImageTower | None = None
+
+    def take_image_tower(self, **options: Any) -> None:
+        """From here on `ImageTower(clip, **options)` encodes images; the weights become its own."""
+        self.image_tower = ImageTower(self.clip, release=True, **options)
 
     def encode_image(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        if self.image_tower is not None:
+            return self.image_tower(pixel_values)
         return self.clip.visual_projection(self.clip.vision_model(pixel_values=pixel_values).pooler_output)
 
     def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.clip.text_projection(self.clip.text_model(input_ids=tokens).pooler_output)
+
+
+def _choose_engine(engine: str | None, model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> Engine:
+    """The engine that serves, or an error that says why the one asked for does not."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point type, not {dtype}")
+    if engine not in ("own", "library", None):
+        raise ValueError(f"engine must be 'own', 'library' or None, not {engine!r}")
+    reason = "" if device.type == "cpu" else f"it runs on a CPU, not on {device}"
+    reason = reason or obstacle(getattr(model, "clip", model))
+    if engine == "own" and reason:
+        raise ValueError(f"engine 'own' cannot serve: {reason}")
+    return engine or ("library" if reason else "own")
+
+
+def _check_counts(**counts: int) -> None:
+    for argument, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{argument} must be an integer of at least 1, not {value!r}")
 
 
 def _mean_over_time(pixel_values: torch.Tensor, kernel: int) -> torch.Tensor:

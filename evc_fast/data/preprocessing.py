@@ -56,6 +56,20 @@ class Preprocessing:
 
     def __call__(self, frames: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """frames: uint8 [..., H, W, 3] on any device -> pixel_values [..., 3, crop, crop] of `dtype` on that device."""
+        levels = self.levels(frames)
+        mean, std = (
+            torch.tensor(values, device=frames.device).mul(255).view(3, 1, 1) for values in (self.mean, self.std)
+        )
+        # One copy from interleaved bytes to planes, then in place.
+        pixel_values = torch.empty(levels.shape, device=frames.device).copy_(levels)
+        return pixel_values.sub_(mean).div_(std).to(dtype)
+
+    def levels(self, frames: torch.Tensor) -> torch.Tensor:
+        """frames: uint8 [..., H, W, 3] -> what is normalised: whole levels 0..255 [..., 3, crop, crop].
+
+        uint8 on a CPU, else float32, on the frames' device; channels last in memory, a view of the resized frames.
+        Raises TypeError and ValueError for anything but such frames.
+        """
         if not isinstance(frames, torch.Tensor) or frames.dtype != torch.uint8:
             kind = frames.dtype if isinstance(frames, torch.Tensor) else type(frames).__name__
             raise TypeError(f"frames must be a uint8 tensor [..., H, W, 3], not {kind}")
@@ -72,11 +86,7 @@ class Preprocessing:
         images = images if scale == 1 else _resize(images, new_height, new_width)
         top, left = (new_height - self.crop) // 2, (new_width - self.crop) // 2
         images = images[..., top : top + self.crop, left : left + self.crop]
-        mean, std = (
-            torch.tensor(values, device=frames.device).mul(255).view(3, 1, 1) for values in (self.mean, self.std)
-        )
-        pixel_values = ((images.float() - mean) / std).to(dtype, memory_format=torch.contiguous_format)
-        return pixel_values.reshape(*leading, 3, self.crop, self.crop)
+        return images.unflatten(0, leading)
 
 
 _INTERPOLATION = {"mode": "bicubic", "antialias": True, "align_corners": False}
