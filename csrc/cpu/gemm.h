@@ -16,14 +16,16 @@ struct Broadcast {
 };
 
 // B rows start on any element; `width` columns rounded up to whole vectors must be readable, and 0 beyond the real ones.
+// ahead: elements from a row to one that will be read later and should be fetched from memory meanwhile; 0 for none.
 template <class T>
 struct Rows {
   const T* data;
   int64_t stride;
+  int64_t ahead = 0;
 };
 
 // Each element of C is one chain of multiply-adds over D in order, whatever the tile: results do not depend on M.
-template <class T, int kRows, int kVectors, bool kAdd>
+template <class T, int kRows, int kVectors, bool kAdd, bool kFetch>
 EVC_INLINE void tile(int64_t depth, Broadcast<T> a, Rows<T> b, T* c, int64_t c_stride) {
   Vec<T> sum[kRows][kVectors];
 #pragma GCC unroll 16
@@ -37,6 +39,9 @@ EVC_INLINE void tile(int64_t depth, Broadcast<T> a, Rows<T> b, T* c, int64_t c_s
     Vec<T> column[kVectors];
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) column[j] = load(pb + j * kLanes<T>);
+    if constexpr (kFetch)
+      for (int64_t line = 0; line < kVectors * kVectorBytes; line += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(pb + b.ahead) + line, 0, 2);
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
       Vec<T> x = splat(pa[i * a.row]);
@@ -53,18 +58,18 @@ EVC_INLINE void tile(int64_t depth, Broadcast<T> a, Rows<T> b, T* c, int64_t c_s
     }
 }
 
-template <class T, int kVectors, bool kAdd, int kRows = kTileRows>
+template <class T, int kVectors, bool kAdd, bool kFetch, int kRows = kTileRows>
 EVC_INLINE void tile_rows(int64_t rows, int64_t depth, Broadcast<T> a, Rows<T> b, T* c, int64_t c_stride) {
-  if (rows == kRows) return tile<T, kRows, kVectors, kAdd>(depth, a, b, c, c_stride);
-  if constexpr (kRows > 1) tile_rows<T, kVectors, kAdd, kRows - 1>(rows, depth, a, b, c, c_stride);
+  if (rows == kRows) return tile<T, kRows, kVectors, kAdd, kFetch>(depth, a, b, c, c_stride);
+  if constexpr (kRows > 1) tile_rows<T, kVectors, kAdd, kFetch, kRows - 1>(rows, depth, a, b, c, c_stride);
 }
 
-template <class T, int kVectors, bool kAdd>
+template <class T, int kVectors, bool kAdd, bool kFetch = false>
 __attribute__((noinline)) void panel(int64_t M, int64_t depth, Broadcast<T> a, Rows<T> b, T* c, int64_t c_stride) {
   int64_t tiles = (M + kTileRows - 1) / kTileRows;
   for (int64_t t = 0, m = 0; t < tiles; ++t) {
     int64_t rows = (M - m) / (tiles - t);  // even tiles: a last tile of few rows would wait for its own sums
-    tile_rows<T, kVectors, kAdd>(rows, depth, {a.data + m * a.row, a.row, a.column}, b, c + m * c_stride, c_stride);
+    tile_rows<T, kVectors, kAdd, kFetch>(rows, depth, {a.data + m * a.row, a.row, a.column}, b, c + m * c_stride, c_stride);
     m += rows;
   }
 }

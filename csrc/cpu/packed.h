@@ -90,7 +90,10 @@ EVC_INLINE void tile_pairs(int64_t pairs, const BFloat16* a, int64_t a_stride, c
   for (int64_t k = 0; k < pairs; ++k, a += 2, b += 2 * kColumns) {
     Words column[kTileVectors];
 #pragma GCC unroll 4
-    for (int j = 0; j < kTileVectors; ++j) column[j] = load_words(b + 2 * j * kLanes<float>);
+    for (int j = 0; j < kTileVectors; ++j) {
+      column[j] = load_words(b + 2 * j * kLanes<float>);
+      __builtin_prefetch(b + 2 * (pairs * kColumns + j * kLanes<float>), 0, 2);
+    }
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
       uint32_t pair;
@@ -131,13 +134,16 @@ int64_t packed_scratch(int64_t depth) {
   return sums + (kPairs<S> ? kBlockRows * Packed<S>::padded_depth(depth) / 2 : kBlockDepth * kPanelColumns<S>);
 }
 
-template <class T>
+// Panels follow each other in memory: while one block is multiplied, the one behind it is fetched. A prefetcher of the
+// machine's own stops at every page.
+template <class T, bool kFetch>
 EVC_INLINE void panel_block(bool add, int64_t rows, int64_t depth, const T* a, int64_t a_stride, const T* b, T* c) {
   constexpr int64_t kColumns = kTileVectors * kLanes<T>;
+  const Rows<T> weight{b, kColumns, depth * kColumns};
   if (add)
-    panel<T, kTileVectors, true>(rows, depth, {a, a_stride, 1}, {b, kColumns}, c, kColumns);
+    panel<T, kTileVectors, true, kFetch>(rows, depth, {a, a_stride, 1}, weight, c, kColumns);
   else
-    panel<T, kTileVectors, false>(rows, depth, {a, a_stride, 1}, {b, kColumns}, c, kColumns);
+    panel<T, kTileVectors, false, kFetch>(rows, depth, {a, a_stride, 1}, weight, c, kColumns);
 }
 
 // The sums of one panel, c: [rows, kPanelColumns]. Each is a chain over the depth in blocks, whatever the rows.
@@ -145,7 +151,7 @@ template <class S>
 EVC_INLINE void multiply_panel(int64_t rows, int64_t depth, const S* a, int64_t a_stride, const S* b, S* c, S*) {
   for (int64_t k = 0; k < depth; k += kBlockDepth) {
     const int64_t step = depth - k < kBlockDepth ? depth - k : kBlockDepth;
-    panel_block<S>(k > 0, rows, step, a + k, a_stride, b + k * kPanelColumns<S>, c);
+    panel_block<S, true>(k > 0, rows, step, a + k, a_stride, b + k * kPanelColumns<S>, c);
   }
 }
 EVC_INLINE void multiply_panel(int64_t rows, int64_t depth, const float* a, int64_t a_stride, const BFloat16* b,
@@ -153,8 +159,11 @@ EVC_INLINE void multiply_panel(int64_t rows, int64_t depth, const float* a, int6
   for (int64_t k = 0; k < depth; k += kBlockDepth) {  // widened once for all rows: a load, a shift
     const int64_t step = depth - k < kBlockDepth ? depth - k : kBlockDepth;
     const int64_t first = k * kPanelColumns<BFloat16>;
-    for (int64_t i = 0; i < step * kPanelColumns<BFloat16>; i += kLanes<float>) store(load(b + first + i), widened + i);
-    panel_block<float>(k > 0, rows, step, a + k, a_stride, widened, c);
+    for (int64_t i = 0; i < step * kPanelColumns<BFloat16>; i += kLanes<float>) {
+      __builtin_prefetch(b + first + i + kBlockDepth * kPanelColumns<BFloat16>, 0, 2);
+      store(load(b + first + i), widened + i);
+    }
+    panel_block<float, false>(k > 0, rows, step, a + k, a_stride, widened, c);
   }
 }
 
