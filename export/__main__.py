@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options = ExportOptions(
             targets=TARGETS if given.to == "all" else (given.to,),
-            optional=("tensorrt",) if given.to == "all" else (),
+            optional=TARGETS if given.to == "all" else (),
             dtypes=given.dtype,
             graphs={None: None, "both": GRAPHS}.get(given.graph, (given.graph,)),
             device=given.device,

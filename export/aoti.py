@@ -8,18 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from evc_fast.export import machine
 from evc_fast.export.graph import Graph
-from evc_fast.export.manifest import cpu_isa
 from evc_fast.export.requirements import ExportError
-from evc_fast.export.runner import gpu
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
 DEVICES = ("cpu", "cuda")
 
 
-def require_device(device: str) -> None:
-    """Raises ExportError where torch has no such ``device``."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ExportError("a .pt2 for cuda is compiled on a machine with a GPU, and torch finds none here")
+def require_compiler(device: str) -> None:
+    """Raises ExportError where nothing can be compiled here for ``device``."""
+    if device == "cuda":
+        machine.gpu()
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise ExportError("AOTInductor needs a C++ compiler, and finds none here: install GCC or Clang") from error
 
 
 def export_pt2(graph: Graph, path: Path, *, device: str = "cpu") -> dict[str, Any]:
@@ -30,16 +35,15 @@ def export_pt2(graph: Graph, path: Path, *, device: str = "cpu") -> dict[str, An
     Raises:
         ExportError: there is no GPU for "cuda", or the compiler failed.
     """
-    require_device(device)
-    module = graph.module.to(device)
+    made = {"device": device, **({"isa": machine.cpu_isa()} if device == "cpu" else {"gpu": machine.gpu()})}
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.export.export(module, graph.example(device), dynamic_shapes=graph.dynamic_shapes())
+            program = graph.program(device)
             torch._inductor.aoti_compile_and_package(program, package_path=os.fspath(path))
-    except torch._inductor.exc.InductorError as error:
+    except InductorError as error:
         reason = str(error).strip().splitlines()[0]
         raise ExportError(f"AOTInductor cannot compile {graph.name}: {reason}") from error
     finally:
-        module.to("cpu")
-    return {"device": device} | ({"isa": cpu_isa()} if device == "cpu" else {"gpu": gpu()})
+        graph.module.to("cpu")
+    return made

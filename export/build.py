@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from evc_fast.export import aoti, manifest, onnx, tensorrt
+from evc_fast.export import aoti, machine, manifest, onnx, tensorrt
 from evc_fast.export.graph import GRAPHS, Graph, encoder_graph, tower_graph
 from evc_fast.export.operators import check_operators
 from evc_fast.export.parity import Reference, check_parity
@@ -120,7 +120,7 @@ class _Export:
         """Find out what can be made here, before anything is loaded or written."""
         needs: dict[str, Callable[[], Any]] = {
             "onnx": lambda: [require(name) for name in ("onnx", "onnxscript", "onnxruntime")],
-            "pt2": lambda: aoti.require_device(self.options.device),
+            "pt2": lambda: aoti.require_compiler(self.options.device),
             "tensorrt": lambda: [tensorrt.tensorrt(), *map(require, ("onnx", "onnxscript", "onnxruntime"))],
         }
         for target in self.options.targets:
@@ -162,9 +162,9 @@ class _Export:
     def tower(self, name: str) -> None:
         try:
             if name.startswith(RANDOM):
-                towers = ClipTowers.random(name.removeprefix(RANDOM))
+                towers = ClipTowers.random(name.removeprefix(RANDOM), engine="library")
             else:
-                towers = ClipTowers.from_pretrained(name)
+                towers = ClipTowers.from_pretrained(name, engine="library")
         except (OSError, ValueError) as error:
             raise ExportError(f"the image tower {name} cannot be loaded: {' '.join(str(error).split())}") from error
         self.models["image_tower"] = {
@@ -191,7 +191,7 @@ class _Export:
         made = {
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "versions": manifest.versions(),
-            "machine": manifest.cpu_isa(),
+            "machine": machine.cpu_isa(),
             "models": self.models,
             "artefacts": self.artefacts,
             "files": [self._stored(name) for name in self.files],

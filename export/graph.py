@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from evc_fast.export.requirements import ExportError
 from evc_fast.export.signature import Signature, TensorSpec
 from torch import Tensor, nn
+from torch._dynamo.exc import UserError
 
 from evc_fast.data.clip import ClipTowers
 from evc_fast.model.encoder import FaceNetEncoder
@@ -40,6 +42,15 @@ class Graph:
             random_tensor(spec, self.signature.shape(spec, sizes), generator).to(device, spec.dtype)
             for spec in self.signature.inputs
         )
+
+    def program(self, device: str = "cpu") -> torch.export.ExportedProgram:
+        """The module traced on ``device``, where it is left. Raises ExportError where a size would not vary."""
+        module = self.module.to(device)
+        try:
+            with torch.no_grad():
+                return torch.export.export(module, self.example(device), dynamic_shapes=self.dynamic_shapes())
+        except UserError as error:
+            raise ExportError(f"{self.name} cannot be traced: {str(error).splitlines()[0]}") from error
 
     def dynamic_shapes(self) -> tuple[tuple[dict[int, Any], ...]]:
         """For torch.export, of the module's one variadic argument."""
@@ -75,12 +86,32 @@ class _FlatEncoder(nn.Module):
         return (output.tokens,) if output.emotion_logits is None else (output.tokens, output.emotion_logits)
 
 
+class _PatchProduct(nn.Module):
+    """The patch embedding, a convolution whose stride is its kernel, as one product of patches.
+
+    ONNX's convolution takes bfloat16 from opset 22 on only, and no runtime is the worse for a product.
+    """
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        self.patch = convolution.kernel_size[0]
+        self.weight = nn.Parameter(convolution.weight.detach().flatten(1).clone())  # [width, 3 patch patch]
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """[F, 3, S, S] -> [F, width, S / patch, S / patch]; what is beyond whole patches is not read."""
+        patch, grid = self.patch, pixel_values.shape[-1] // self.patch
+        whole = pixel_values[..., : grid * patch, : grid * patch]
+        patches = whole.unflatten(3, (grid, patch)).unflatten(2, (grid, patch)).permute(0, 2, 4, 1, 3, 5)
+        return (patches.flatten(3) @ self.weight.T).permute(0, 3, 1, 2)
+
+
 class _FlatTower(nn.Module):
     """CLIP's image tower with its projection, and not its text tower."""
 
     def __init__(self, vision: nn.Module, projection: nn.Module) -> None:
         super().__init__()
         self.vision = vision
+        self.vision.embeddings.patch_embedding = _PatchProduct(vision.embeddings.patch_embedding)
         self.projection = projection
 
     def forward(self, *features: Tensor) -> tuple[Tensor, ...]:
@@ -121,7 +152,7 @@ def encoder_graph(encoder: FaceNetEncoder, variant: str, dtype: torch.dtype) -> 
 
 
 def tower_graph(towers: ClipTowers, dtype: torch.dtype) -> Graph:
-    """The image tower of ``towers``, which transformers' CLIP is behind, with weights in ``dtype``."""
+    """The image tower of ``towers``, made by transformers with ``engine="library"``, with weights in ``dtype``."""
     clip = towers.model.clip
     module = _FlatTower(copy.deepcopy(clip.vision_model), copy.deepcopy(clip.visual_projection)).to(dtype).eval()
     size = towers.image_size

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import re
-import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -22,12 +20,6 @@ FORMAT = "evc_fast.export"
 VERSION = 1
 
 _PACKAGES = ("numpy", "transformers", "onnx", "onnxscript", "onnxruntime", "tensorrt")
-# Families of instructions that a compiler may use when it compiles for the machine it runs on (-march=native): the
-# rest of what the system lists as features says nothing about instructions in compiled code.
-_INSTRUCTIONS = re.compile(
-    r"sse\w*|ssse3|avx\w*|amx\w*|fma|f16c|bmi[12]|abm|adx|popcnt|movbe|aes|vaes|pclmulqdq|vpclmulqdq|sha_ni|gfni|sha512"
-    r"|asimd\w*|sve\w*|i8mm|bf16|fphp|atomics|sm[34]|crc32|pmull"
-)
 
 
 def sha256(path: Path) -> str:
@@ -45,32 +37,6 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue  # what is not installed took no part
     return found
-
-
-def cpu_isa() -> dict[str, Any]:
-    """The machine's architecture, and the instruction-set extensions that compiled code may use on it, sorted."""
-    info = Path("/proc/cpuinfo")
-    listed = re.search(r"^(?:flags|Features)\s*:(.*)$", info.read_text(), re.MULTILINE) if info.exists() else None
-    words = listed.group(1).split() if listed else []
-    return {
-        "system": sys.platform,
-        "machine": platform.machine(),
-        "vector": torch.backends.cpu.get_cpu_capability(),
-        "extensions": sorted({word for word in words if _INSTRUCTIONS.fullmatch(word)}),
-    }
-
-
-def check_isa(isa: Mapping[str, Any], file: str) -> None:
-    """Raises ExportError where this machine lacks instructions that ``file`` was compiled with."""
-    here = cpu_isa()
-    for key in ("system", "machine"):
-        if isa[key] != here[key]:
-            raise ExportError(f"{file} was compiled for {isa[key]}, this machine is {here[key]}: export it again here")
-    missing = sorted(set(isa["extensions"]) - set(here["extensions"]))
-    if missing:
-        raise ExportError(
-            f"{file} was compiled for a CPU with {', '.join(missing)}, which this machine lacks: export it again here"
-        )
 
 
 def write(folder: Path, manifest: Mapping[str, Any]) -> None:

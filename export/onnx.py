@@ -36,8 +36,7 @@ def export_onnx(graph: Graph, path: Path, *, opset: int = MIN_OPSET) -> onnx.Mod
         raise ExportError(f"{graph.name} has {weights / 2**30:.1f} GiB of weights, one ONNX file holds less than 2 GiB")
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            graph.module,
-            graph.example(),
+            graph.program(),
             dynamo=True,
             opset_version=opset,
             input_names=[spec.name for spec in graph.signature.inputs],
@@ -99,10 +98,14 @@ def _check_interface(model: onnx.ModelProto, graph: Graph) -> None:
         names = foreign or sorted(function.name for function in model.functions)
         raise ExportError(f"{graph.name} does not decompose into standard ONNX operators: {', '.join(names)}")
     for side, values in (("inputs", model.graph.input), ("outputs", model.graph.output)):
-        found = [value.name for value in values]
-        wanted = [spec.name for spec in getattr(graph.signature, side)]
+        found = [(value.name, _shape(value)) for value in values]
+        wanted = [(spec.name, list(spec.shape)) for spec in getattr(graph.signature, side)]
         if found != wanted:
             raise ExportError(f"the ONNX graph of {graph.name} has the {side} {found}, expected {wanted}")
+
+
+def _shape(value: onnx.ValueInfoProto) -> list[int | str]:
+    return [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from evc_fast.export import manifest
+from evc_fast.export import machine, manifest
 from evc_fast.export.requirements import ExportError, require
 from evc_fast.export.signature import MODELS, Signature
 from torch import Tensor
@@ -139,9 +139,9 @@ class Pt2Runner(Runner):
     def __init__(self, entry: dict[str, Any], path: Path) -> None:
         super().__init__(entry)
         if entry["device"] == "cpu":
-            manifest.check_isa(entry["isa"], self.name)
+            machine.check_isa(entry["isa"], self.name)
         else:
-            check_gpu(entry["gpu"], self.name)
+            machine.check_gpu(entry["gpu"], self.name)
         self.device = torch.device(entry["device"])
         self.backend = f"AOTInductor, torch {torch.__version__}, {entry['device']}"
         self.package = torch._inductor.aoti_load_package(os.fspath(path))
@@ -149,24 +149,6 @@ class Pt2Runner(Runner):
     def _call(self, tensors: list[Tensor], sizes: dict[str, int]) -> Sequence[Tensor]:
         with torch.no_grad():
             return self.package(*tensors)
-
-
-def gpu() -> dict[str, str]:
-    """Name and compute capability of the current GPU."""
-    card = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return {"name": card.name, "capability": f"{card.major}.{card.minor}"}
-
-
-def check_gpu(wanted: dict[str, str], file: str) -> None:
-    """Raises ExportError where there is no GPU, or one of another kind than ``file`` was built for."""
-    if not torch.cuda.is_available():
-        raise ExportError(f"{file} was built for an {wanted['name']}, and this machine has no GPU that torch can use")
-    here = gpu()
-    if here["capability"] != wanted["capability"]:
-        raise ExportError(
-            f"{file} was built for compute capability {wanted['capability']} ({wanted['name']}), this GPU has "
-            f"{here['capability']} ({here['name']}): export it again here"
-        )
 
 
 def artefacts(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:

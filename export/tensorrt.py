@@ -15,8 +15,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from evc_fast.export import machine
 from evc_fast.export.requirements import ExportError, require
-from evc_fast.export.runner import Runner, check_gpu, gpu
+from evc_fast.export.runner import Runner
 from evc_fast.export.signature import Signature, dtype_name
 from torch import Tensor
 
@@ -48,8 +49,7 @@ def tensorrt() -> ModuleType:
     trt = require("tensorrt")
     if int(trt.__version__.partition(".")[0]) != MAJOR:
         raise ExportError(f"evc_fast.export is written for TensorRT {MAJOR}, installed is {trt.__version__}")
-    if not torch.cuda.is_available():
-        raise ExportError("TensorRT needs a GPU, and torch finds none here")
+    machine.gpu()
     return trt
 
 
@@ -94,7 +94,7 @@ def build_engine(
     engine_file.write_bytes(plan)
     report = {
         "tensorrt": trt.__version__,
-        "gpu": gpu(),
+        "gpu": machine.gpu(),
         "strongly_typed": True,
         "tf32": False,
         "profiles": [{name: list(bounds) for name, bounds in each.sizes.items()} for each in ranges],
@@ -138,12 +138,12 @@ class TensorRtRunner(Runner):
     def __init__(self, entry: dict[str, Any], path: Path) -> None:
         super().__init__(entry)
         trt = tensorrt()
-        check_gpu(entry["gpu"], self.name)
+        machine.check_gpu(entry["gpu"], self.name)
         if entry["tensorrt"] != trt.__version__:
             raise ExportError(
                 f"{self.name} was built by TensorRT {entry['tensorrt']}, installed is {trt.__version__}: build it again"
             )
-        self.device = _device()
+        self.device = machine.cuda_device()
         self.backend = f"TensorRT {trt.__version__}, {entry['gpu']['name']}"
         self._engine = _deserialize(trt, trt.Logger(trt.Logger.WARNING), path.read_bytes(), self.name)
         self._check_tensors(trt)
@@ -151,7 +151,7 @@ class TensorRtRunner(Runner):
         self._contexts = []
         for index in range(len(entry["profiles"])):
             context = self._engine.create_execution_context()
-            if context is None or not context.set_optimization_profile_async(index, _stream()):
+            if context is None or not context.set_optimization_profile_async(index, machine.cuda_stream()):
                 raise ExportError(f"TensorRT cannot make an execution context for profile {index} of {self.name}")
             self._contexts.append(context)
 
@@ -188,7 +188,7 @@ class TensorRtRunner(Runner):
             _succeed(context.set_tensor_address(spec.name, output.data_ptr()), f"the address of {spec.name}")
             outputs.append(output)
         # Inputs and outputs belong to this stream, so the allocator does not hand them out before the engine is done.
-        _succeed(context.execute_async_v3(_stream()), "the call")
+        _succeed(context.execute_async_v3(machine.cuda_stream()), "the call")
         return outputs
 
 
@@ -200,11 +200,3 @@ def _succeed(done: bool, what: str) -> None:
 def _trt_dtype(trt: ModuleType, dtype: torch.dtype) -> Any:
     names = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64"}
     return getattr(trt.DataType, names[dtype_name(dtype)])
-
-
-def _device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device())
-
-
-def _stream() -> int:
-    return torch.cuda.current_stream().cuda_stream
