@@ -103,6 +103,10 @@ def test_preprocessing_without_an_8_bit_kernel_agrees():
         torch.testing.assert_close(exact, other, rtol=0, atol=1.001)
 
 
+def view(statistics: tuple[float, ...]) -> torch.Tensor:
+    return torch.tensor(statistics).view(3, 1, 1)
+
+
 def test_preprocessing_of_batches_and_views():
     frames = random_frames(2, 3, 40, 60)
     whole = Preprocessing(32, 32)(frames)
@@ -110,6 +114,9 @@ def test_preprocessing_of_batches_and_views():
     for batch in range(2):
         for index in range(3):
             torch.testing.assert_close(Preprocessing(32, 32)(frames[batch, index : index + 1])[0], whole[batch, index])
+    levels = Preprocessing(32, 32).levels(frames.contiguous())
+    assert levels.shape == (2, 3, 3, 32, 32) and levels.dtype == torch.uint8 and levels.stride(2) == 1
+    torch.testing.assert_close((levels / 255 - view(CLIP_MEAN)) / view(CLIP_STD), whole, rtol=1e-5, atol=1e-5)
     turned = frames.transpose(2, 3)
     torch.testing.assert_close(Preprocessing(32, 32)(turned), Preprocessing(32, 32)(turned.contiguous()))
     assert Preprocessing(32, 32)(frames, torch.bfloat16).dtype == torch.bfloat16
@@ -149,7 +156,7 @@ def test_preprocessor_configurations():
 
 @pytest.fixture(scope="module")
 def tiny() -> ClipTowers:
-    return ClipTowers.random("tiny")
+    return ClipTowers.random("tiny", dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +186,7 @@ def folder(tmp_path_factory) -> str:
 
 
 def test_features_of_a_saved_model_are_those_of_transformers(folder):
-    towers = ClipTowers.from_pretrained(folder)
+    towers = ClipTowers.from_pretrained(folder, dtype=torch.float32)
     assert (towers.image_dim, towers.text_dim, towers.image_size) == (24, 24, 32)
     assert towers.preprocess == Preprocessing(32, 32, (0.5,) * 3, (0.25,) * 3)
     assert towers.has_tokenizer and not towers.random_weights
@@ -235,7 +242,7 @@ def test_random_towers_are_seeded_frozen_and_usable_in_training(tiny):
     features = tiny.encode_frames(frames)
     assert tiny.random_weights and "random" in tiny.name
     assert features.shape == (3, tiny.image_dim) and torch.isfinite(features).all()
-    torch.testing.assert_close(ClipTowers.random("tiny").encode_frames(frames), features)
+    torch.testing.assert_close(ClipTowers.random("tiny", dtype=torch.float32).encode_frames(frames), features)
     assert not tiny.model.training and not any(parameter.requires_grad for parameter in tiny.model.parameters())
     layer = torch.nn.Linear(tiny.image_dim, 4)
     layer(features).sum().backward()

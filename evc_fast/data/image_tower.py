@@ -155,9 +155,9 @@ class ImageTower(nn.Module):
         # The one pass from levels to the product's rows: [n, grid, grid, size, size, 3].
         rows = torch.empty(count, grid, grid, size, size, 3, dtype=_rows_dtype(self.dtype, self.product))
         rows.copy_(used.transpose(2, 3))
-        embedded = self.patches(rows.view(count * grid * grid, -1))
+        embedded = self.patches(rows.view(count * grid * grid, 3 * size * size))
         hidden = self.positions.repeat(count, 1, 1)
-        hidden[:, 1:] += embedded.view(count, grid * grid, -1)
+        hidden[:, 1:] += embedded.view(count, *self.positions[1:].shape)
         hidden = self.pre_norm(hidden)
         for block in self.blocks:
             hidden = block(hidden)
@@ -178,8 +178,8 @@ class _Block(nn.Module):
         activation, slope = config.hidden_act, 1.0
         if activation == "quick_gelu" and product != "own":  # which has the activation in its epilogue
             activation, slope = "silu", _QUICK_GELU
-        self.widen = _Product(first.weight * slope, first.bias * slope, dtype, product, activation)
-        self.narrow = _Product(second.weight / slope, second.bias, dtype, product)
+        self.widen = _Product(_scaled(first.weight, slope), _scaled(first.bias, slope), dtype, product, activation)
+        self.narrow = _Product(_scaled(second.weight, 1 / slope), second.bias, dtype, product)
 
     def _build_attention(self, attention: nn.Module, dtype: torch.dtype, product: str) -> None:
         parts = (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -195,9 +195,9 @@ class _Block(nn.Module):
     def _attend(self, normed: Tensor) -> Tensor:
         """[n, tokens, width] -> [n tokens, width], before the output projection."""
         count, tokens, width = normed.shape
-        qkv = self.qkv(normed.view(-1, width)).view(count, tokens, 3, self.heads, -1)
+        qkv = self.qkv(normed.view(-1, width)).view(count, tokens, 3, self.heads, width // self.heads)
         context = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))
-        return context.transpose(1, 2).reshape(-1, width)
+        return context.transpose(1, 2).reshape(count * tokens, width)
 
 
 class _LastBlock(_Block):
@@ -206,7 +206,7 @@ class _LastBlock(_Block):
     def _build_attention(self, attention: nn.Module, dtype: torch.dtype, product: str) -> None:
         q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
         scale = (q.weight.shape[0] // self.heads) ** -0.5
-        self.query = _Product(q.weight * scale, q.bias * scale, dtype, product)
+        self.query = _Product(_scaled(q.weight, scale), _scaled(q.bias, scale), dtype, product)
         keys = k.weight.unflatten(0, (self.heads, -1)).transpose(1, 2)  # [heads, width, head width]
         values, biases = v.weight.unflatten(0, (self.heads, -1)), v.bias.unflatten(0, (self.heads, -1))
         # One product a head, not one batched product: torch's depends on how many frames there are.
@@ -280,6 +280,11 @@ class _Product(nn.Module):
         super().__setstate__(state)
         if self.product == "onednn":
             self.weight = _pack(self.weight)
+
+
+def _scaled(weight: Tensor, scale: float) -> Tensor:
+    """In float64, where a constant folds into weights without an error of its own."""
+    return weight if scale == 1 else weight.to(torch.float64) * scale
 
 
 def _pack(weight: Tensor) -> Tensor:

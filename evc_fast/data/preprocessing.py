@@ -67,7 +67,8 @@ class Preprocessing:
     def levels(self, frames: torch.Tensor) -> torch.Tensor:
         """frames: uint8 [..., H, W, 3] -> what is normalised: whole levels 0..255 [..., 3, crop, crop].
 
-        uint8 on a CPU, else float32, on the frames' device; channels last in memory, a view of the resized frames.
+        uint8 on a CPU, else float32, on the frames' device; a view of the resized frames, laid out as the frames are:
+        channels last in memory where those are contiguous.
         Raises TypeError and ValueError for anything but such frames.
         """
         if not isinstance(frames, torch.Tensor) or frames.dtype != torch.uint8:
