@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from evc_fast import ops
@@ -42,18 +42,16 @@ def factual_semantics(
 
 def visual_gate(encoder: FaceNetEncoder, summed: Tensor, facts: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
     """Arguments and results of :func:`evc_fast.model.straight.visual_gate`."""
-    key = encoder.phi_v(visual)
     if facts.shape[1] == 1:
-        return encoder.phi_f(facts), key
-    # (20): with F = gamma x + beta, phi_F(F) k = x (gamma W_F k) + phi_F(beta) k, so W_F meets V's N rows, not K N.
-    norm, d = encoder.fact_norm, key.shape[-1]
-    shift = key @ encoder.phi_f(norm.bias)  # [B, N], differs from key to key
-    key = key @ (encoder.phi_f.weight * norm.weight)
-    # x sums to 0, so x + 1 sums to d: a key of mean shift / d carries the shift, and what its own mean was has no say.
-    key = key + ((shift - key.sum(-1)) / d).unsqueeze(-1)
+        return encoder.phi_f(facts), encoder.phi_v(visual)
+    # (20): with F = gamma x + beta, phi_F(F) k = x (gamma W_F k) + phi_F(beta) k: W_F meets V's N rows, and not K N.
+    norm, d = encoder.fact_norm, encoder.config.dim
+    reader = encoder.phi_f.weight * norm.weight
+    # x sums to 0 and so x + 1 to d: what a key sums to is free on the left, and on the right it adds to all scores.
+    reader = reader + (encoder.phi_f(norm.bias) / d - reader.mean(1)).unsqueeze(1)
     ones = torch.ones_like(norm.bias)
-    query = F.layer_norm(summed, norm.normalized_shape, ones, ones, norm.eps)
-    return query.to(summed.dtype), key
+    query = F.layer_norm(summed, norm.normalized_shape, ones, ones, norm.eps)  # x + 1
+    return query.to(summed.dtype), chain(visual, encoder.phi_v, reader.T)
 
 
 def routing(
@@ -63,9 +61,21 @@ def routing(
     routed, pooled, weights = ops.routing_aggregation(facts, context, logits, impl=impl)
     frames, d = facts.shape[2:]
     # (21) in (23) and (27): weights that sum to 1 over K commute with affine maps, so N + 1 rows a video are mapped.
-    emotions = encoder.project_emotions(torch.cat([routed[:, frames:], pooled[:, None, d:]], 1))
+    if not encoder.config.emotion_augmentation:
+        return routed, pooled, weights
+    emotions = torch.cat([routed[:, frames:], pooled[:, None, d:]], 1)
+    emotions = chain(emotions, encoder.emotion_attention.o_proj, encoder.phi_e.weight, encoder.phi_e.bias)
     routed = torch.cat([routed[:, :frames], emotions[:, :frames]], 1)
     return routed, torch.cat([pooled[:, :d], emotions[:, frames]], 1), weights
+
+
+def chain(x: Tensor, first: nn.Linear, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """first(x) W^T + b; where rows of x are many, by x (W W_first)^T. A batch of unknown size counts as large."""
+    (out, middle), width = weight.shape, x.shape[-1]
+    rows = x.numel() // width
+    if statically_known_true(rows * middle * (width + out) <= width * out * (middle + rows)):
+        return F.linear(first(x), weight, bias)
+    return F.linear(x, weight @ first.weight, F.linear(first.bias, weight, bias))
 
 
 class FactoredHidden(NamedTuple):
