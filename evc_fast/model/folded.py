@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from evc_fast import ops
-from evc_fast.model.encoder import EncoderOutput, Explanation, _check_tensor
-from evc_fast.ops.dispatch import CPP_DTYPES, Impl
+from evc_fast.model.inputs import check_inputs
+from evc_fast.model.output import EncoderOutput, Explanation
+from evc_fast.model.stamp import Stamp
+from evc_fast.ops._library import EXTENSION_MISSING
+from evc_fast.ops.dispatch import CPP_DTYPES, FLOATING_DTYPES, Impl
 from evc_fast.reference.folded_encoder import FoldedOptions, FoldedWeights
 
 if TYPE_CHECKING:
@@ -39,18 +45,14 @@ class FoldedEncoder(nn.Module):
         self.options = folded_options(config)
         for name, weight in weights._asdict().items():
             self.register_buffer(name, weight)
-        self._packed: ops.PackedEncoder | None = None
+        self._packed: tuple[Stamp, list[Tensor]] | None = None
+        self._source: tuple[weakref.ref, Stamp] | None = None
         self.eval()
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the weights."""
+        """Type of the weights, of tokens, logits and gates."""
         return self.ffn_weight.dtype
-
-    @property
-    def weights(self) -> FoldedWeights:
-        """The buffers, as the op takes them."""
-        return FoldedWeights(*(getattr(self, name) for name in FoldedWeights._fields))
 
     def train(self, mode: bool = True) -> FoldedEncoder:
         """Evaluation mode only.
@@ -74,34 +76,132 @@ class FoldedEncoder(nn.Module):
     ) -> EncoderOutput:
         """Encode a batch; arguments and result as of :meth:`FaceNetEncoder.forward`.
 
-        Features may be float32 whatever the type of the weights. Tokens, logits and gates have the weights' type.
+        Features of bfloat16 and float16 modules may be float32 too.
 
         Args:
             impl: "reference" is plain PyTorch, differentiable in the features; "cpp" one compiled call without
-                gradients; None takes the compiled one where it serves the features and no gradient is asked for.
+                gradients; None takes the compiled one where it serves and no gradient is asked for.
 
         Raises:
             TypeError, ValueError: an argument is missing, superfluous, or of the wrong type, shape or device;
                 the number of frames or of triplets is not the folded one.
-            RuntimeError: ``impl`` cannot run here.
+            RuntimeError: ``impl`` cannot run here, or the encoder's weights have changed since they were folded.
         """
         self._check_inputs(video, triplets, similarity, groups)
-        if triplets is not None:
-            triplets, similarity = triplets.to(video.dtype), similarity.to(ops.accumulate_dtype(self.ffn_weight))
-        inputs = video, triplets, similarity, groups if self.config.merge_identical_triplets else None
-        tokens, emotion_logits, *shown = ops.folded_encoder(
-            *inputs, self.weights, self.options, self._pack, explain=explain, impl=impl
+        self._check_source()
+        output = ops.folded_encoder(
+            video,
+            triplets,
+            similarity,
+            groups,
+            self._weights(),
+            self.options,
+            packed=self._packed_weights() if _compiled_serves(self.ffn_weight, impl) else None,
+            explain=explain,
+            impl=impl,
         )
-        return EncoderOutput(tokens, emotion_logits, Explanation(*shown) if explain else None)
+        return EncoderOutput(*output[:2], Explanation(*output[2:]) if explain else None)
 
-    def _apply(self, fn, recurse=True):
-        self._packed = None
-        return super()._apply(fn, recurse)
+    def _weights(self) -> FoldedWeights:
+        return FoldedWeights(*map(self._buffers.__getitem__, FoldedWeights._fields))
+
+    def _packed_weights(self) -> list[Tensor]:
+        """The buffers packed for this machine; anew where they have changed."""
+        if self._packed is None or not self._packed[0].matches():
+            self._packed = Stamp(self), ops.pack_folded_encoder(self._weights(), self.options)
+        return self._packed[1]
+
+    def _check_source(self) -> None:
+        if self._source is None:
+            return
+        encoder, stamp = self._source
+        if encoder() is not None and not stamp.matches():
+            raise RuntimeError("the encoder's weights have changed since they were folded: call encoder.fold() again")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is on its own: it stays what it is, whatever happens to the encoder.
+        return self.__dict__ | {"_packed": None, "_source": None}
 
     def _check_inputs(
         self, video: Tensor, triplets: Tensor | None, similarity: Tensor | None, groups: Tensor | None
     ) -> None:
-        raise NotImplementedError
+        check_inputs(self.config, self.ffn_weight, video, triplets, similarity, groups, widen=True)
+        if video.shape[1] != self.num_frames:
+            raise ValueError(
+                f"video must have the {self.num_frames} frames that the encoder was folded for, got shape "
+                f"{list(video.shape)}: fold(num_frames={video.shape[1]}) takes them"
+            )
+
+
+def fold(encoder: FaceNetEncoder, dtype: torch.dtype | None, num_frames: int | None) -> FoldedEncoder:
+    """:meth:`FaceNetEncoder.fold`, which states the contract."""
+    weight = encoder.fact_norm.weight
+    if encoder.training:
+        raise RuntimeError("fold() needs an encoder in evaluation mode: call eval() first")
+    dtype = weight.dtype if dtype is None else dtype
+    if not isinstance(dtype, torch.dtype) or dtype not in FLOATING_DTYPES:
+        raise TypeError(f"fold: dtype must be float32, bfloat16, float16 or float64, got {dtype}")
+    if dtype not in CPP_DTYPES and weight.device.type == "cpu":
+        raise TypeError(f"fold: {dtype} has no kernel on the CPU, float32, bfloat16 and float64 have")
+    num_frames = encoder.config.num_frames if num_frames is None else num_frames
+    if isinstance(num_frames, bool) or not isinstance(num_frames, int) or num_frames < 1:
+        raise ValueError(f"fold: num_frames must be an integer of at least 1, got {num_frames!r}")
+    stamp = Stamp(encoder)
+    folded = FoldedEncoder(fold_weights(encoder, dtype), encoder.config, num_frames)
+    folded._source = weakref.ref(encoder), stamp
+    return folded
+
+
+class SelfFolding:
+    """What an encoder in evaluation mode keeps: its own fold, made anew whenever a weight has changed."""
+
+    def __init__(self) -> None:
+        self._folded: FoldedEncoder | None = None
+        self._stamp: Stamp | None = None
+
+    def get(self, encoder: FaceNetEncoder, inputs: Sequence[Tensor | None]) -> FoldedEncoder | None:
+        """The fold that serves these inputs, or None where the encoder itself must run.
+
+        That is: off the CPU or without the compiled library, where gradients are asked for, under autocast, compiling,
+        tracing or a dispatch mode, with another number of frames than the configuration's, or where a forward hook
+        wants to see a submodule run.
+        """
+        weight = encoder.fact_norm.weight
+        if (
+            not _compiled_serves(weight, None)
+            or inputs[0].shape[1] != encoder.config.num_frames
+            or inputs[0].dtype != weight.dtype
+            or torch.is_autocast_enabled("cpu")
+            or torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+            or is_in_torch_dispatch_mode()
+            or any(x is not None and type(x) is not Tensor for x in inputs)
+            or (torch.is_grad_enabled() and _wants_gradient(encoder, inputs))
+        ):
+            return None
+        if self._stamp is None or not self._stamp.matches():
+            self._stamp, self._folded = Stamp(encoder), None
+        if self._stamp.hooked():
+            return None
+        if self._folded is None:
+            weights = fold_weights(encoder, weight.dtype)
+            self._folded = FoldedEncoder(weights, encoder.config, encoder.config.num_frames)
+        return self._folded
+
+    def __deepcopy__(self, memo: dict) -> SelfFolding:
+        return SelfFolding()
+
+    def __reduce__(self) -> tuple:
+        return SelfFolding, ()
+
+
+def _wants_gradient(encoder: FaceNetEncoder, inputs: Sequence[Tensor | None]) -> bool:
+    tensors = (*encoder.parameters(), *(x for x in inputs if x is not None))
+    return any(t.requires_grad for t in tensors)
+
+
+def _compiled_serves(weight: Tensor, impl: Impl | None) -> bool:
+    return impl != "reference" and not EXTENSION_MISSING and weight.device.type == "cpu" and weight.dtype in CPP_DTYPES
 
 
 def folded_options(config: FaceNetConfig) -> FoldedOptions:
@@ -121,6 +221,7 @@ def folded_options(config: FaceNetConfig) -> FoldedOptions:
     )
 
 
+@torch.inference_mode(False)  # tensors made in it would count no changes
 @torch.no_grad()
 def fold_weights(encoder: FaceNetEncoder, dtype: torch.dtype) -> FoldedWeights:
     """All products of weights that :class:`FoldedWeights` names, made in float64 and rounded once to ``dtype``."""

@@ -54,6 +54,7 @@ def _load_extension() -> ctypes.CDLL | str:
     extension = ctypes.CDLL(str(EXTENSION_PATH))
     for name in ("evc_fast_cpu_isa", "evc_fast_cpu_isas_supported"):
         getattr(extension, name).restype = ctypes.c_char_p
+    extension.evc_fast_digest.restype = ctypes.c_uint64
     if not extension.evc_fast_cpu_isa():
         supported = extension.evc_fast_cpu_isas_supported().decode().replace(",", ", ")
         wanted = os.environ["EVC_FAST_ISA"]

@@ -129,7 +129,7 @@ def folded_sizes(weights: FoldedWeights, options: FoldedOptions) -> list[int]:
 
 @torch.no_grad()
 def pack_folded_encoder(weights: FoldedWeights, options: FoldedOptions) -> list[Tensor]:
-    """The weights in the order of ``FoldedWeight`` in csrc/ops.h: matrices in panels, sections padded; absent ones empty.
+    """The weights in the order of ``FoldedWeight`` in csrc/ops.h: sections padded, matrices in panels; empty if absent.
 
     Raises:
         RuntimeError: the compiled library is absent.

@@ -52,7 +52,7 @@ class FoldedOptions(NamedTuple):
 
 
 class FoldedWeights(NamedTuple):
-    """Matrices [out, in] as of ``nn.Linear``; None where the configuration has no such part. F: the FFN's hidden width."""
+    """Matrices [out, in] as of ``nn.Linear``; None where the configuration has no such part. F: the FFN's width."""
 
     video_weight: Tensor | None
     """[d, D_v] of (2); None where D_v = d."""
@@ -63,8 +63,8 @@ class FoldedWeights(NamedTuple):
     triplet_weight: Tensor | None
     """[2 d, D_t]: keys and values of Attn_f (17) after W_T, without biases."""
     hidden_weight: Tensor | None
-    """[heads, d / heads, F + K K]: each head's rows of W_o, times the H half of the FFN's first layer (18), and times the
-    K blocks [d, K] of W_g (26), block of triplet k at F + k K; F alone where no router stands."""
+    """[heads, d / heads, F + K K]: each head's rows of W_o, times the H half of the FFN's first layer (18), and times
+    the K blocks [d, K] of W_g (26), block of triplet k at F + k K; F alone where no router stands."""
     router_bias: Tensor | None
     """[K]: what the constant part of H adds to the logits."""
     ffn_weight: Tensor
@@ -181,7 +181,9 @@ def folded_encoder(
     if o.emotion_augmentation and not o.emotion_first:
         context, distribution = augment(F.linear(facts, w.emotion_query_weight, w.emotion_query_bias), facts)
 
-    routed, pooled, routing_weights = routing_aggregation(facts, context.expand_as(facts), logits)  # (22)-(23), (26)-(27)
+    routed, pooled, routing_weights = routing_aggregation(
+        facts, context.expand_as(facts), logits
+    )  # (22)-(23), (26)-(27)
     routed_facts, routed_context = routed[:, :frames], routed[:, frames:]
     gates = torch.ones_like(pooled)
     if o.bias_adjustment:  # (24), (25)
