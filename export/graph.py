@@ -127,7 +127,7 @@ def encoder_graph(encoder: FaceNetEncoder, variant: str, dtype: torch.dtype) -> 
     config = encoder.config
     straight = copy.deepcopy(encoder).float().eval().requires_grad_(False)
     folded = variant == "folded"
-    module = straight.fold(dtype=dtype, num_frames=config.num_frames) if folded else straight.to(dtype)
+    module = straight.fold(num_frames=config.num_frames) if folded else straight
     frames: int | str = config.num_frames if folded else "frames"
     inputs = [TensorSpec("video", dtype, ("batch", frames, config.video_dim))]
     if config.retrieval:
@@ -144,7 +144,7 @@ def encoder_graph(encoder: FaceNetEncoder, variant: str, dtype: torch.dtype) -> 
         name=f"encoder.{variant}",
         model="encoder",
         variant=variant,
-        module=_FlatEncoder(module, tuple(spec.name for spec in inputs)).eval(),
+        module=_FlatEncoder(module.to(dtype), tuple(spec.name for spec in inputs)).eval(),
         dtype=dtype,
         signature=Signature(tuple(inputs), tuple(outputs), dict.fromkeys(typical, (1, None))),
         typical=typical,
