@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
+from evc_fast.ops._library import EXTENSION_MISSING
+from evc_fast.ops.dispatch import CPP_DTYPES
 from evc_fast.ops.packed_linear import PackedLinear
 
-Product = Literal["onednn", "own", "torch"]
+ProductKind = Literal["onednn", "own", "torch"]
 PRODUCTS = ("onednn", "own", "torch")
 
 _QUICK_GELU = 1.702
@@ -38,7 +40,20 @@ def fastest_dtype() -> torch.dtype:
     Elsewhere bfloat16 products are emulated, at a fraction of float32's speed.
     """
     in_hardware = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if in_hardware and not _without_onednn(torch.bfloat16) else torch.float32
+    return torch.bfloat16 if in_hardware and not product_obstacle("onednn", torch.bfloat16) else torch.float32
+
+
+def product_obstacle(product: ProductKind, dtype: torch.dtype) -> str:
+    """Why this product cannot multiply by weights of `dtype` here, or ""."""
+    if product == "own":
+        return EXTENSION_MISSING or ("" if dtype in CPP_DTYPES else f"the compiled library has no {dtype}")
+    if product == "torch":
+        return ""
+    if not torch.backends.mkldnn.is_available() or platform.machine() not in ("x86_64", "AMD64"):
+        return "this build of torch has no oneDNN for x86-64"
+    if dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return ""
+    return f"oneDNN does not multiply {dtype} by packed weights on this processor"
 
 
 def obstacle(clip: nn.Module) -> str:
@@ -78,7 +93,7 @@ class ImageTower(nn.Module):
         mean: Sequence[float],
         std: Sequence[float],
         dtype: torch.dtype | None = None,
-        product: Product | None = None,
+        product: ProductKind | None = None,
         release: bool = False,
     ) -> None:
         super().__init__()
@@ -98,7 +113,7 @@ class ImageTower(nn.Module):
             self._build_embedding(vision.embeddings, mean, std)
             self.pre_norm = _Norm(vision.pre_layrnorm, _accumulate(self.dtype))
             self.post_norm = _Norm(vision.post_layernorm, _rows_dtype(self.dtype, self.product))
-            self.projection = _Product(clip.visual_projection.weight, None, self.dtype, self.product)
+            self.projection = Product(clip.visual_projection.weight, None, self.dtype, self.product)
             self.blocks = nn.ModuleList()
             for layer in vision.encoder.layers:
                 block = _Block if layer is not vision.encoder.layers[-1] else _LastBlock
@@ -118,7 +133,7 @@ class ImageTower(nn.Module):
         weight = (weight / scale).to(self.dtype)
         # Of the weights as they are rounded: the mean colour is then embedded as 0, whatever the type.
         bias = -(weight.sum((1, 2), dtype=torch.float64) @ offset)
-        self.patches = _Product(weight.flatten(1), bias, self.dtype, self.product)
+        self.patches = Product(weight.flatten(1), bias, self.dtype, self.product)
         positions = embeddings.position_embedding.weight.to(between, copy=True)
         positions[0] += embeddings.class_embedding
         self.register_buffer("positions", positions, persistent=False)
@@ -174,17 +189,17 @@ class _Block(nn.Module):
         self.norm1, self.norm2 = _Norm(layer.layer_norm1, rows), _Norm(layer.layer_norm2, rows)
         self._build_attention(layer.self_attn, dtype, product)
         out, first, second = layer.self_attn.out_proj, layer.mlp.fc1, layer.mlp.fc2
-        self.out = _Product(out.weight, out.bias, dtype, product)
+        self.out = Product(out.weight, out.bias, dtype, product)
         activation, slope = config.hidden_act, 1.0
         if activation == "quick_gelu" and product != "own":  # which has the activation in its epilogue
             activation, slope = "silu", _QUICK_GELU
-        self.widen = _Product(_scaled(first.weight, slope), _scaled(first.bias, slope), dtype, product, activation)
-        self.narrow = _Product(_scaled(second.weight, 1 / slope), second.bias, dtype, product)
+        self.widen = Product(_scaled(first.weight, slope), _scaled(first.bias, slope), dtype, product, activation)
+        self.narrow = Product(_scaled(second.weight, 1 / slope), second.bias, dtype, product)
 
     def _build_attention(self, attention: nn.Module, dtype: torch.dtype, product: str) -> None:
         parts = (attention.q_proj, attention.k_proj, attention.v_proj)
         weight, bias = torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])
-        self.qkv = _Product(weight, bias, dtype, product)
+        self.qkv = Product(weight, bias, dtype, product)
 
     def forward(self, hidden: Tensor) -> Tensor:
         rows = hidden.view(-1, hidden.shape[-1])
@@ -206,13 +221,13 @@ class _LastBlock(_Block):
     def _build_attention(self, attention: nn.Module, dtype: torch.dtype, product: str) -> None:
         q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
         scale = (q.weight.shape[0] // self.heads) ** -0.5
-        self.query = _Product(_scaled(q.weight, scale), _scaled(q.bias, scale), dtype, product)
+        self.query = Product(_scaled(q.weight, scale), _scaled(q.bias, scale), dtype, product)
         keys = k.weight.unflatten(0, (self.heads, -1)).transpose(1, 2)  # [heads, width, head width]
         values, biases = v.weight.unflatten(0, (self.heads, -1)), v.bias.unflatten(0, (self.heads, -1))
         # One product a head, not one batched product: torch's depends on how many frames there are.
-        self.keys = nn.ModuleList(_Product(key, None, dtype, product) for key in keys)
+        self.keys = nn.ModuleList(Product(key, None, dtype, product) for key in keys)
         self.values = nn.ModuleList(
-            _Product(value, bias, dtype, product) for value, bias in zip(values, biases, strict=True)
+            Product(value, bias, dtype, product) for value, bias in zip(values, biases, strict=True)
         )
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -243,8 +258,11 @@ class _Norm(nn.Module):
         return F.layer_norm(hidden, self.weight.shape, self.weight, self.bias, self.eps).to(self.dtype)
 
 
-class _Product(nn.Module):
-    """activation(x weight^T + bias) + residual: [rows, in] -> [rows, out], which may be written into the residual."""
+class Product(nn.Module):
+    """activation(x weight^T + bias) + residual: [rows, in] -> [rows, out], which may be written into the residual.
+
+    activation: "none", "gelu" or "silu", for the own product "none", "gelu" or "quick_gelu".
+    """
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, product: str, activation: str = "none"
@@ -297,19 +315,12 @@ def _choose_product(product: str | None, dtype: torch.dtype) -> str:
         raise ValueError(f"dtype must be a floating-point type, not {dtype}")
     if product not in (None, *PRODUCTS):
         raise ValueError(f"product must be one of {', '.join(map(repr, PRODUCTS))} or None, not {product!r}")
-    missing = _without_onednn(dtype)
-    if product == "onednn" and missing:
-        raise RuntimeError(f"product 'onednn' cannot run: {missing}")
-    return product or ("torch" if missing else "onednn")
-
-
-def _without_onednn(dtype: torch.dtype) -> str:
-    """Why oneDNN, as torch was built with it, does not multiply `dtype` by packed weights here; "" where it does."""
-    if not torch.backends.mkldnn.is_available() or platform.machine() not in ("x86_64", "AMD64"):
-        return "this build of torch has no oneDNN for x86-64"
-    if dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        return ""
-    return f"oneDNN does not multiply {dtype} on this processor"
+    if product is None:
+        return "torch" if product_obstacle("onednn", dtype) else "onednn"
+    reason = product_obstacle(product, dtype)
+    if reason:
+        raise RuntimeError(f"product {product!r} cannot run: {reason}")
+    return product
 
 
 def _accumulate(dtype: torch.dtype) -> torch.dtype:
