@@ -3,158 +3,25 @@
 // Each stage below reads what earlier ones wrote; its units may run in any order and on any threads. An element of a
 // result is always the same chain of operations, whichever videos and threads share the call.
 #include "activations.h"
+#include "folded_layout.h"
 #include "kernels.h"
-#include "packed.h"
-#include "rows.h"
 
 namespace evc::EVC_NAMESPACE {
 namespace {
 
-inline int64_t pad(int64_t n) { return round_up(n, kFoldedPad); }
-
 enum Stage { kVideo, kProducts, kTriplets, kEmotionsOfFrames, kEmotionsProjected, kFacts, kRouting, kGating, kMemory, kReading, kTokens, kStages };
 
 template <class S, class T = Acc<S>>
-struct Folded {
-  const FoldedArgs& a;
-  int64_t d, head, hidden, router, words, frames;      // padded widths of rows, and d / heads
-  int64_t rows, pairs, triplet_rows, fused_rows, memory_columns;
-  int64_t query_at, emotion_query_at, gate_at, memory_at, visual_columns;  // sections of the products of V
-  bool routed, query_of_emotions;
-  T *calibrated, *visual, *products, *gate_keys, *keys_values, *of_values, *router_parts, *facts, *context, *emotions;
-  T *routed_rows, *pooled, *mean_context, *fused, *memory, *read;
-  size_t bytes;
-
-  explicit Folded(const FoldedArgs& args)
-      : a(args), d(pad(a.d)), head(a.d / a.heads), hidden(pad(a.hidden)), router(pad(a.K * a.K)), words(pad(a.W)),
-        frames(pad(a.N)), rows(a.videos * a.N), pairs(a.videos * a.K), triplet_rows(pairs * 3),
-        fused_rows((a.emotions ? 2 : 1) * a.N), memory_columns(pad(a.heads * a.queries) + d),
-        routed(a.retrieval && a.bias_adjustment && a.K > 1), query_of_emotions(a.emotion_first && a.retrieval) {
-    if (!routed) router = 0;
-    int64_t at = hidden;
-    query_at = at, at += a.retrieval && !a.emotion_first ? d : 0;
-    emotion_query_at = at, at += a.emotion_first ? d : 0;
-    gate_at = at, at += a.emotions ? pad(a.d + 1) : 0;
-    memory_at = at, at += memory_columns;
-    visual_columns = at;
-    // Every buffer ends in slack: the last vector of a row's slice may reach beyond the row.
-    Arena<T> arena{static_cast<T*>(a.workspace)};
-    const auto take = [&](int64_t n) { return arena.take(n + 64); };
-    calibrated = take(a.retrieval ? triplet_rows * a.text_width : 0);
-    visual = take(rows * d);
-    products = take(rows * visual_columns);
-    gate_keys = take(a.emotions ? a.videos * (a.d + 1) * frames : 0);
-    keys_values = take(a.retrieval ? triplet_rows * 2 * d : 0);
-    of_values = take(a.retrieval ? triplet_rows * a.heads * (hidden + router) : 0);
-    router_parts = take(pairs * a.N * router);
-    facts = take(pairs * a.N * d);
-    context = take(a.emotions ? (a.emotion_first ? rows : pairs * a.N) * d : 0);
-    emotions = take(a.emotion_first ? rows * 2 * d : 0);
-    routed_rows = take(2 * rows * d);  // [videos][facts, context][N, d]
-    pooled = take(a.videos * 2 * d);
-    mean_context = take(a.videos * d);
-    fused = take(a.videos * fused_rows * d);
-    memory = take(a.videos * fused_rows * memory_columns);
-    read = take(a.videos * a.queries * d);
-    bytes = arena.used * sizeof(T);
-  }
-
-  // ---- weights ----
-
-  int64_t columns(FoldedWeight w) const {
-    switch (w) {
-      case kVideoWeight: case kFfnWeight: case kEmotionQueryWeight: return d;
-      case kVisualWeight: return visual_columns;
-      case kTripletWeight: return 2 * d;
-      case kHiddenWeight: return hidden + router;
-      case kKey: return words;
-      case kValue: return pad(head);
-      case kEmotionWeight: return query_of_emotions ? 2 * d : d;
-      case kGateWeight: return a.emotions ? 2 * d : d;
-      case kHeadWeight: return words;
-      case kMemoryWeight: return memory_columns;
-      case kOutputWeight: return a.output_width;
-      default: return 0;
-    }
-  }
-  int64_t depth(FoldedWeight w) const {
-    switch (w) {
-      case kVideoWeight: return a.video_width;
-      case kTripletWeight: return a.text_width;
-      case kHiddenWeight: case kKey: return head;
-      case kFfnWeight: return a.hidden;
-      case kValue: return a.W;
-      case kGateWeight: return a.emotions ? 2 * d : d;
-      default: return a.d;
-    }
-  }
-  int64_t groups(FoldedWeight w) const { return w == kHiddenWeight || w == kKey || w == kValue ? a.heads : 1; }
-  bool present(FoldedWeight w) const {
-    switch (w) {
-      case kVideoWeight: case kVideoBias: return a.project_video;
-      case kTripletWeight: case kHiddenWeight: return a.retrieval;
-      case kRouterBias: return routed;
-      case kEmotionQueryWeight: case kEmotionQueryBias: return a.emotions && !a.emotion_first;
-      case kKey: case kValue: case kEmotionWeight: case kEmotionBias: case kHeadWeight: case kHeadBias: return a.emotions;
-      case kGateWeight: case kGateBias: return a.bias_adjustment;
-      default: return true;
-    }
-  }
-  static bool is_vector(FoldedWeight w) {
-    switch (w) {
-      case kVideoBias: case kVisualBias: case kRouterBias: case kFfnBias: case kNormWeight: case kNormBias:
-      case kEmotionQueryBias: case kEmotionBias: case kGateBias: case kHeadBias: case kOutputBias: return true;
-      default: return false;
-    }
-  }
-  int64_t size(FoldedWeight w) const {
-    if (!present(w)) return 0;
-    switch (w) {
-      case kVideoBias: case kFfnBias: case kNormWeight: case kNormBias: case kEmotionQueryBias: return d;
-      case kVisualBias: return visual_columns;
-      case kRouterBias: return a.K;
-      case kEmotionBias: return columns(kEmotionWeight);
-      case kGateBias: return columns(kGateWeight);
-      case kHeadBias: return words;
-      case kOutputBias: return a.queries * a.output_width;
-      default: return groups(w) * Packed<S>::size(columns(w), depth(w));
-    }
-  }
-  Packed<S> matrix(FoldedWeight w, int64_t group = 0) const {
-    return {static_cast<const S*>(a.weights[w]) + group * Packed<S>::size(columns(w), depth(w)), columns(w), depth(w)};
-  }
-  const T* vector(FoldedWeight w) const { return static_cast<const T*>(a.weights[w]); }
-  int64_t panels(FoldedWeight w) const { return Packed<S>::panels(columns(w)); }
-
-  // ---- scratch of one thread ----
-
-  struct Scratch {
-    T *product, *attention, *hidden, *query, *scores, *candidates, *weights, *gate;
-    size_t bytes;
-  };
-  int64_t block_pairs() const { return a.N < kBlockRows ? kBlockRows / a.N : 1; }
-  Scratch scratch(void* base) const {
-    Arena<T> arena{static_cast<T*>(base)};
-    const auto take = [&](int64_t n) { return arena.take(n + 64); };
-    const int64_t n = block_pairs() * a.N;
-    int64_t deepest = 0;
-    for (int w = 0; w < kFoldedWeights; ++w) deepest = deepest < depth(FoldedWeight(w)) ? depth(FoldedWeight(w)) : deepest;
-    // One block serves the FFN's hidden layer, the scores of all tokens, and the other two ops' scratch.
-    int64_t most = n * hidden;
-    const int64_t others[] = {(fused_rows + a.N) * pad(a.queries), a.N * a.K + 3 * d, 2 * a.K + a.text_width};
-    for (int64_t other : others) most = most < other ? other : most;
-    Scratch s;
-    s.product = take(packed_scratch<S>(deepest));
-    s.attention = take(n * (a.heads * 3));
-    s.hidden = take(most);
-    s.query = take(n * d);
-    s.scores = take(n * (words > frames ? words : frames));
-    s.candidates = take(n * d > a.queries * d ? n * d : a.queries * d);
-    s.weights = take(a.explain ? n * words : 0);
-    s.gate = take(a.videos * kPanelColumns<S> + 2 * a.N * (a.K > 1 ? a.K : 1));
-    s.bytes = arena.used * sizeof(T);
-    return s;
-  }
+struct Folded : FoldedLayout<S> {
+  typedef FoldedLayout<S> Layout;
+  typedef typename Layout::Scratch Scratch;
+  using Layout::Layout, Layout::a, Layout::d, Layout::head, Layout::hidden, Layout::router, Layout::words, Layout::frames;
+  using Layout::rows, Layout::pairs, Layout::triplet_rows, Layout::fused_rows, Layout::memory_columns;
+  using Layout::query_at, Layout::emotion_query_at, Layout::gate_at, Layout::memory_at, Layout::visual_columns;
+  using Layout::routed, Layout::calibrated, Layout::visual, Layout::products, Layout::gate_keys, Layout::keys_values;
+  using Layout::of_values, Layout::router_parts, Layout::facts, Layout::context, Layout::emotions, Layout::routed_rows;
+  using Layout::pooled, Layout::mean_context, Layout::fused, Layout::memory, Layout::read;
+  using Layout::matrix, Layout::vector, Layout::panels, Layout::block_pairs, Layout::scratch;
 
   // The elements of y that lie within a row of `width`.
   template <class To>
@@ -180,16 +47,17 @@ struct Folded {
   // ---- V, and the calibrated triplets ----
 
   int64_t video_units() const { return a.project_video ? panels(kVideoWeight) : rows; }
-  void video(int64_t unit, const Scratch& s) const {
+  void video(int64_t begin, int64_t end, const Scratch& s) const {
     const T* x = static_cast<const T*>(a.video) + a.first * a.N * a.video_width;
-    if (unit >= video_units()) return calibrate(unit - video_units(), s);
     if (!a.project_video) {
-      memset(visual + unit * d, 0, d * sizeof(T));
-      memcpy(visual + unit * d, x + unit * a.d, a.d * sizeof(T));
+      for (int64_t row = begin; row < end; ++row) {
+        memcpy(visual + row * d, x + row * a.d, a.d * sizeof(T));
+        memset(visual + row * d + a.d, 0, (d - a.d) * sizeof(T));
+      }
       return;
     }
     const T* bias = vector(kVideoBias);
-    multiply_rows(rows, x, a.video_width, matrix(kVideoWeight), unit, unit + 1, s,
+    multiply_rows(rows, x, a.video_width, matrix(kVideoWeight), begin, end, s,
                   [&](int64_t row, int64_t column, Vec<T> y) { store(y + load(bias + column), visual + row * d + column); });
   }
   void calibrate(int64_t v, const Scratch& s) const {  // (10)-(16)
@@ -207,16 +75,14 @@ struct Folded {
 
   // ---- all products of V; keys and values of the triplets ----
 
-  void product(int64_t unit, const Scratch& s) const {
-    if (unit >= panels(kVisualWeight)) {
-      unit -= panels(kVisualWeight);
-      multiply_rows(triplet_rows, calibrated, a.text_width, matrix(kTripletWeight), unit, unit + 1, s,
-                    [&](int64_t row, int64_t column, Vec<T> y) { store(y, keys_values + row * 2 * d + column); });
-      return;
-    }
+  void product_of_triplets(int64_t begin, int64_t end, const Scratch& s) const {
+    multiply_rows(triplet_rows, calibrated, a.text_width, matrix(kTripletWeight), begin, end, s,
+                  [&](int64_t row, int64_t column, Vec<T> y) { store(y, keys_values + row * 2 * d + column); });
+  }
+  void product(int64_t begin, int64_t end, const Scratch& s) const {
     const T* bias = vector(kVisualBias);
     const int64_t gate_end = a.emotions ? gate_at + a.d + 1 : gate_at;
-    multiply_rows(rows, visual, d, matrix(kVisualWeight), unit, unit + 1, s, [&](int64_t row, int64_t column, Vec<T> y) {
+    multiply_rows(rows, visual, d, matrix(kVisualWeight), begin, end, s, [&](int64_t row, int64_t column, Vec<T> y) {
       y += load(bias + column);
       if (column < gate_at || column >= gate_end) return store(y, products + row * visual_columns + column);
       // Gate keys are a right operand: [d + 1, N], the last row what a frame adds to its scores.
@@ -227,12 +93,16 @@ struct Folded {
 
   // ---- each head's three values of a triplet, through the FFN's first layer and the router: [pairs][heads][3] rows ----
 
-  void triplet_hidden(int64_t unit, const Scratch& s) const {
-    const int64_t h = unit / panels(kHiddenWeight), panel = unit % panels(kHiddenWeight), width = hidden + router;
-    multiply_rows(triplet_rows, keys_values + d + h * head, 2 * d, matrix(kHiddenWeight, h), panel, panel + 1, s,
-                  [&](int64_t row, int64_t column, Vec<T> y) {
-                    store(y, of_values + ((row / 3 * a.heads + h) * 3 + row % 3) * width + column);
-                  });
+  void triplet_hidden(int64_t begin, int64_t end, const Scratch& s) const {
+    const int64_t each = panels(kHiddenWeight), width = hidden + router;
+    for (int64_t unit = begin, next; unit < end; unit = next) {
+      const int64_t h = unit / each;
+      next = (h + 1) * each < end ? (h + 1) * each : end;
+      multiply_rows(triplet_rows, keys_values + d + h * head, 2 * d, matrix(kHiddenWeight, h), unit - h * each,
+                    next - h * each, s, [&](int64_t row, int64_t column, Vec<T> y) {
+                      store(y, of_values + ((row / 3 * a.heads + h) * 3 + row % 3) * width + column);
+                    });
+    }
   }
 
   // ---- (19)-(21): the frames of `count` pairs attend to the dictionary, and are gathered by the gate ----
@@ -293,9 +163,9 @@ struct Folded {
     augment(v, 1, 1, products + v * a.N * visual_columns + emotion_query_at, visual_columns, visual + v * a.N * d,
             context + v * a.N * d, s);
   }
-  void project_emotions(int64_t unit, const Scratch& s) const {
+  void project_emotions(int64_t begin, int64_t end, const Scratch& s) const {
     const T* bias = vector(kEmotionBias);
-    multiply_rows(rows, context, d, matrix(kEmotionWeight), unit, unit + 1, s, [&](int64_t row, int64_t column, Vec<T> y) {
+    multiply_rows(rows, context, d, matrix(kEmotionWeight), begin, end, s, [&](int64_t row, int64_t column, Vec<T> y) {
       store(y + load(bias + column), emotions + row * 2 * d + column);
     });
   }
@@ -439,62 +309,59 @@ struct Folded {
     }
   }
 
-  // ---- M of (27): one panel of columns of both gates and of both halves; the classification head ----
+  // ---- M of (27): a range of panels of both gates and of both halves; the classification head ----
 
-  void gate(int64_t unit, const Scratch& s) const {
-    const int64_t panels_of_d = Packed<S>::panels(d);
-    if (unit >= panels_of_d) return classify(unit - panels_of_d, s);
-    const int64_t width = kPanelColumns<S>, first = unit * width;
-    gate_values(unit, first, static_cast<S*>(a.fact_gate), s);
-    for (int64_t v = 0; v < a.videos; ++v)
-      for (int64_t n = 0; n < a.N; ++n)
-        for (int64_t j = 0; j < width; j += kLanes<T>)
-          store(load(s.gate + v * width + j) * load(routed_rows + (v * 2 * a.N + n) * d + first + j),
-                fused + (v * fused_rows + n) * d + first + j);
+  void gate(int64_t begin, int64_t end, const Scratch& s) const {
+    const int64_t first = begin * kPanelColumns<S>, last = end * kPanelColumns<S>;
+    gate_values(begin, end, begin, static_cast<S*>(a.fact_gate), s);
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t v = row / a.N, n = row % a.N;
+      for (int64_t j = first; j < last; j += kLanes<T>)
+        store(load(s.gate + v * d + j) * load(routed_rows + (v * 2 * a.N + n) * d + j), fused + (v * fused_rows + n) * d + j);
+    }
     if (!a.emotions) return;
-    gate_values(panels_of_d + unit, first, static_cast<S*>(a.emotion_gate), s);
+    const int64_t of_emotions = Packed<S>::panels(d);
+    gate_values(of_emotions + begin, of_emotions + end, begin, static_cast<S*>(a.emotion_gate), s);
     const auto put = [&](int64_t v, int64_t n, int64_t column, Vec<T> emotion) {
-      store(load(s.gate + v * width + column - first) * emotion, fused + (v * fused_rows + a.N + n) * d + column);
+      store(load(s.gate + v * d + column) * emotion, fused + (v * fused_rows + a.N + n) * d + column);
     };
     if (a.emotion_first) {
       for (int64_t row = 0; row < rows; ++row)
-        for (int64_t j = first; j < first + width; j += kLanes<T>)
+        for (int64_t j = first; j < last; j += kLanes<T>)
           put(row / a.N, row % a.N, j, load(emotions + row * 2 * d + j));
       return;
     }
     const T* bias = vector(kEmotionBias);
     for (int64_t v = 0; v < a.videos; ++v)  // phi_E after the routing
-      multiply_rows(a.N, routed_rows + (v * 2 + 1) * a.N * d, d, matrix(kEmotionWeight), unit, unit + 1, s,
+      multiply_rows(a.N, routed_rows + (v * 2 + 1) * a.N * d, d, matrix(kEmotionWeight), begin, end, s,
                     [&](int64_t n, int64_t column, Vec<T> y) { put(v, n, column, y + load(bias + column)); });
   }
-  // (24), (25): one panel of a gate into s.gate [videos, kPanelColumns]; shown: [B, d] or null.
-  void gate_values(int64_t panel, int64_t first, S* shown, const Scratch& s) const {
-    const int64_t width = kPanelColumns<S>;
+  // (24), (25): panels [begin, end) of the gates' weight into s.gate [videos, d], from panel `to` on; shown: [B, d].
+  void gate_values(int64_t begin, int64_t end, int64_t to, S* shown, const Scratch& s) const {
+    const int64_t first = to * kPanelColumns<S>, last = first + (end - begin) * kPanelColumns<S>;
+    const int64_t back = (begin - to) * kPanelColumns<S>;
     if (!a.bias_adjustment)
-      for (int64_t i = 0; i < a.videos * width; ++i) s.gate[i] = 1;
+      for (int64_t i = 0; i < a.videos * d; ++i) s.gate[i] = 1;
     else
-      multiply_rows(a.videos, pooled, 2 * d, matrix(kGateWeight), panel, panel + 1, s,
-                    [&](int64_t v, int64_t column, Vec<T> y) {
-                      store(tanh_of<T>(y + load(vector(kGateBias) + column)), s.gate + v * width + column - panel * width);
-                    });
+      multiply_rows(a.videos, pooled, 2 * d, matrix(kGateWeight), begin, end, s, [&](int64_t v, int64_t column, Vec<T> y) {
+        store(tanh_of<T>(y + load(vector(kGateBias) + column)), s.gate + v * d + column - back);
+      });
     if (!a.explain) return;
     for (int64_t v = 0; v < a.videos; ++v)
-      for (int64_t j = 0; j < width && first + j < a.d; ++j)
-        narrow(s.gate[v * width + j], shown + (a.first + v) * a.d + first + j);
+      for (int64_t j = first; j < last && j < a.d; ++j) narrow(s.gate[v * d + j], shown + (a.first + v) * a.d + j);
   }
-  void classify(int64_t panel, const Scratch& s) const {
+  void classify(int64_t begin, int64_t end, const Scratch& s) const {
     const T* bias = vector(kHeadBias);
-    multiply_rows(a.videos, mean_context, d, matrix(kHeadWeight), panel, panel + 1, s,
-                  [&](int64_t v, int64_t column, Vec<T> y) {
-                    y += load(bias + column);
-                    put_row(y, column, a.W, static_cast<S*>(a.emotion_logits) + (a.first + v) * a.W);
-                  });
+    S* out = static_cast<S*>(a.emotion_logits) + a.first * a.W;
+    multiply_rows(a.videos, mean_context, d, matrix(kHeadWeight), begin, end, s, [&](int64_t v, int64_t column, Vec<T> y) {
+      put_row(y + load(bias + column), column, a.W, out + v * a.W);
+    });
   }
 
   // ---- (29) ----
 
-  void remember(int64_t unit, const Scratch& s) const {
-    multiply_rows(a.videos * fused_rows, fused, d, matrix(kMemoryWeight), unit, unit + 1, s,
+  void remember(int64_t begin, int64_t end, const Scratch& s) const {
+    multiply_rows(a.videos * fused_rows, fused, d, matrix(kMemoryWeight), begin, end, s,
                   [&](int64_t row, int64_t column, Vec<T> y) { store(y, memory + row * memory_columns + column); });
   }
   // Unit: one head of one video. Scores stand by token, so that a softmax runs down the columns.
@@ -525,10 +392,10 @@ struct Folded {
     for (int64_t i = 0; i < a.queries; ++i)
       memcpy(read + (v * a.queries + i) * d + h * head, out + i * head_row, head * sizeof(T));
   }
-  void write_tokens(int64_t unit, const Scratch& s) const {
+  void write_tokens(int64_t begin, int64_t end, const Scratch& s) const {
     const T* bias = vector(kOutputBias);
     S* out = static_cast<S*>(a.tokens) + a.first * a.queries * a.output_width;
-    multiply_rows(a.videos * a.queries, read, d, matrix(kOutputWeight), unit, unit + 1, s,
+    multiply_rows(a.videos * a.queries, read, d, matrix(kOutputWeight), begin, end, s,
                   [&](int64_t row, int64_t column, Vec<T> y) {
                     const T* added = bias + row % a.queries * a.output_width + column;
                     const int64_t left = a.output_width - column;
@@ -554,18 +421,32 @@ struct Folded {
   }
   void run(int stage, int64_t begin, int64_t end, void* base) const {
     const Scratch s = scratch(base);
-    if (stage == kFacts) return facts_of(begin, end, s);
-    for (int64_t unit = begin; unit < end; ++unit) switch (stage) {
-      case kVideo: video(unit, s); break;
-      case kProducts: product(unit, s); break;
-      case kTriplets: triplet_hidden(unit, s); break;
-      case kEmotionsOfFrames: emotions_of_frames(unit, s); break;
-      case kEmotionsProjected: project_emotions(unit, s); break;
-      case kRouting: route(unit, s); break;
-      case kGating: gate(unit, s); break;
-      case kMemory: remember(unit, s); break;
-      case kReading: read_memory(unit, s); break;
-      default: write_tokens(unit, s);
+    // Where a stage holds two kinds of units, those from `border` on are of the second.
+    const auto split = [&](int64_t border, const auto& before, const auto& after) {
+      if (begin < border) before(begin, end < border ? end : border);
+      if (end > border) after(begin > border ? begin - border : 0, end - border);
+    };
+    const auto each = [&](const auto& of) {
+      for (int64_t unit = begin; unit < end; ++unit) of(unit);
+    };
+    switch (stage) {
+      case kVideo:
+        return split(video_units(), [&](int64_t i, int64_t j) { video(i, j, s); },
+                     [&](int64_t i, int64_t j) { for (; i < j; ++i) calibrate(i, s); });
+      case kProducts:
+        return split(panels(kVisualWeight), [&](int64_t i, int64_t j) { product(i, j, s); },
+                     [&](int64_t i, int64_t j) { product_of_triplets(i, j, s); });
+      case kTriplets: return triplet_hidden(begin, end, s);
+      case kEmotionsOfFrames: return each([&](int64_t unit) { emotions_of_frames(unit, s); });
+      case kEmotionsProjected: return project_emotions(begin, end, s);
+      case kFacts: return facts_of(begin, end, s);
+      case kRouting: return each([&](int64_t unit) { route(unit, s); });
+      case kGating:
+        return split(Packed<S>::panels(d), [&](int64_t i, int64_t j) { gate(i, j, s); },
+                     [&](int64_t i, int64_t j) { classify(i, j, s); });
+      case kMemory: return remember(begin, end, s);
+      case kReading: return each([&](int64_t unit) { read_memory(unit, s); });
+      default: return write_tokens(begin, end, s);
     }
   }
 };

@@ -78,15 +78,14 @@ EVC_INLINE Words load_words(const BFloat16* p) {
 }
 
 // a: rows of `depth` pairs, a_stride elements apart.
-template <int kRows, bool kAdd>
+template <int kRows>
 EVC_INLINE void tile_pairs(int64_t pairs, const BFloat16* a, int64_t a_stride, const BFloat16* b, float* c) {
   constexpr int64_t kColumns = kPanelColumns<BFloat16>;
   Vec<float> sum[kRows][kTileVectors];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < kTileVectors; ++j)
-      sum[i][j] = kAdd ? load(c + i * kColumns + j * kLanes<float>) : Vec<float>{};
+    for (int j = 0; j < kTileVectors; ++j) sum[i][j] = Vec<float>{};
   for (int64_t k = 0; k < pairs; ++k, a += 2, b += 2 * kColumns) {
     Words column[kTileVectors];
 #pragma GCC unroll 4
@@ -108,18 +107,17 @@ EVC_INLINE void tile_pairs(int64_t pairs, const BFloat16* a, int64_t a_stride, c
 #pragma GCC unroll 4
     for (int j = 0; j < kTileVectors; ++j) store(sum[i][j], c + i * kColumns + j * kLanes<float>);
 }
-template <bool kAdd, int kRows = kTileRows>
+template <int kRows = kTileRows>
 EVC_INLINE void tile_rows_pairs(int64_t rows, int64_t pairs, const BFloat16* a, int64_t a_stride, const BFloat16* b, float* c) {
-  if (rows == kRows) return tile_pairs<kRows, kAdd>(pairs, a, a_stride, b, c);
-  if constexpr (kRows > 1) tile_rows_pairs<kAdd, kRows - 1>(rows, pairs, a, a_stride, b, c);
+  if (rows == kRows) return tile_pairs<kRows>(pairs, a, a_stride, b, c);
+  if constexpr (kRows > 1) tile_rows_pairs<kRows - 1>(rows, pairs, a, a_stride, b, c);
 }
-template <bool kAdd>
-__attribute__((noinline)) void panel_pairs(int64_t rows, int64_t pairs, const BFloat16* a, int64_t a_stride,
-                                           const BFloat16* b, float* c) {
+__attribute__((noinline)) inline void panel_pairs(int64_t rows, int64_t pairs, const BFloat16* a, int64_t a_stride,
+                                                  const BFloat16* b, float* c) {
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
   for (int64_t t = 0, m = 0; t < tiles; ++t) {
     const int64_t step = (rows - m) / (tiles - t);
-    tile_rows_pairs<kAdd>(step, pairs, a + m * a_stride, a_stride, b, c + m * kPanelColumns<BFloat16>);
+    tile_rows_pairs(step, pairs, a + m * a_stride, a_stride, b, c + m * kPanelColumns<BFloat16>);
     m += step;
   }
 }
@@ -167,35 +165,76 @@ EVC_INLINE void multiply_panel(int64_t rows, int64_t depth, const float* a, int6
   }
 }
 
+// ---- several panels for one to three rows: enough sums at a time to hide the latency of a multiply-add ----
+
+template <int kRows, int kPanels, class S, class T = Acc<S>>
+EVC_INLINE void few_rows(int64_t depth, const T* a, int64_t a_stride, const S* b, int64_t b_stride, T* c, int64_t c_stride) {
+  constexpr int64_t kColumns = kPanelColumns<S>;
+  for (int64_t first = 0; first < depth; first += kBlockDepth) {  // the blocks of multiply_panel: equal sums
+    const int64_t last = first + kBlockDepth < depth ? first + kBlockDepth : depth;
+    Vec<T> sum[kRows][kPanels * kTileVectors];
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+      for (int j = 0; j < kPanels * kTileVectors; ++j) sum[i][j] = Vec<T>{};
+    for (int64_t k = first; k < last; ++k)
+#pragma GCC unroll 8
+      for (int j = 0; j < kPanels * kTileVectors; ++j) {
+        const S* from = b + j / kTileVectors * b_stride + k * kColumns + j % kTileVectors * kLanes<T>;
+        const Vec<T> column = load(from);
+#pragma GCC unroll 4
+        for (int i = 0; i < kRows; ++i) sum[i][j] += splat(a[i * a_stride + k]) * column;
+      }
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+      for (int j = 0; j < kPanels * kTileVectors; ++j) {
+        T* to = c + j / kTileVectors * c_stride + i * kColumns + j % kTileVectors * kLanes<T>;
+        store(first > 0 ? load(to) + sum[i][j] : sum[i][j], to);
+      }
+  }
+}
+
 // finish(row, column, sums): one call a vector of the product, columns up to whole vectors. Panels [begin, end).
 template <class S, class Finish>
 EVC_INLINE void multiply_packed(int64_t rows, const Acc<S>* a, int64_t a_stride, const Packed<S>& w, int64_t begin,
                                 int64_t end, Acc<S>* scratch, const Finish& finish) {
   typedef Acc<S> T;
+  constexpr int64_t kSums = kBlockRows * kPanelColumns<S>;
   T* sums = scratch;
-  T* rest = scratch + kBlockRows * kPanelColumns<S>;
-  [[maybe_unused]] const int64_t padded = Packed<S>::padded_depth(w.depth);
+  T* rest = scratch + kSums;
+  const auto finish_panel = [&](int64_t p, const T* from) {
+    for (int64_t i = 0; i < rows; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < kTileVectors; ++j) {
+        const int64_t column = p * kPanelColumns<S> + j * kLanes<T>;
+        if (column < w.columns) finish(i, column, load(from + i * kPanelColumns<S> + j * kLanes<T>));
+      }
+  };
   if constexpr (kPairs<S>) {
+    const int64_t padded = Packed<S>::padded_depth(w.depth);
     BFloat16* rounded = reinterpret_cast<BFloat16*>(rest);
     if (begin < end)
       for (int64_t i = 0; i < rows; ++i) {
         for_row<T>(w.depth, [&](int64_t k, auto part) { part.put(part.get(a + i * a_stride + k, 0), rounded + i * padded + k); });
         if (padded > w.depth) rounded[i * padded + w.depth].bits = 0;
       }
+    for (int64_t p = begin; p < end; ++p) {
+      panel_pairs(rows, padded / 2, rounded, padded, w.panel(p), sums);
+      finish_panel(p, sums);
+    }
+    return;
   }
-  for (int64_t p = begin; p < end; ++p) {
-    if constexpr (kPairs<S>)
-      panel_pairs<false>(rows, padded / 2, reinterpret_cast<const BFloat16*>(rest), padded, w.panel(p), sums);
-    else
-      multiply_panel(rows, w.depth, a, a_stride, w.panel(p), sums, rest);
-    const int64_t first = p * kPanelColumns<S>;
-    for (int64_t i = 0; i < rows; ++i)
-#pragma GCC unroll 4
-      for (int j = 0; j < kTileVectors; ++j) {
-        const int64_t column = first + j * kLanes<T>;
-        if (column < w.columns) finish(i, column, load(sums + i * kPanelColumns<S> + j * kLanes<T>));
-      }
-  }
+  int64_t p = begin;
+  const int64_t apart = w.panel(1) - w.panel(0), each = rows * kPanelColumns<S>;
+  const auto finish_panels = [&](int64_t count) {
+    for (int64_t i = 0; i < count; ++i) finish_panel(p + i, sums + i * each);
+    p += count;
+  };
+  for (; rows == 1 && p + 4 <= end; finish_panels(4)) few_rows<1, 4>(w.depth, a, a_stride, w.panel(p), apart, sums, each);
+  for (; rows == 2 && p + 3 <= end; finish_panels(3)) few_rows<2, 3>(w.depth, a, a_stride, w.panel(p), apart, sums, each);
+  for (; rows == 3 && p + 2 <= end; finish_panels(2)) few_rows<3, 2>(w.depth, a, a_stride, w.panel(p), apart, sums, each);
+  for (; p < end; finish_panels(1)) multiply_panel(rows, w.depth, a, a_stride, w.panel(p), sums, rest);
 }
 
 }  // namespace
