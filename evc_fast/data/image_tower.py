@@ -193,8 +193,12 @@ class _Block(nn.Module):
         activation, slope = config.hidden_act, 1.0
         if activation == "quick_gelu" and product != "own":  # which has the activation in its epilogue
             activation, slope = "silu", _QUICK_GELU
-        self.widen = Product(_scaled(first.weight, slope), _scaled(first.bias, slope), dtype, product, activation)
-        self.narrow = Product(_scaled(second.weight, 1 / slope), second.bias, dtype, product)
+        wide_weight, wide_bias, narrow_weight = (
+            tensor if slope == 1 else tensor.to(_accumulate(dtype)) * factor
+            for tensor, factor in ((first.weight, slope), (first.bias, slope), (second.weight, 1 / slope))
+        )
+        self.widen = Product(wide_weight, wide_bias, dtype, product, activation)
+        self.narrow = Product(narrow_weight, second.bias, dtype, product)
 
     def _build_attention(self, attention: nn.Module, dtype: torch.dtype, product: str) -> None:
         parts = (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -221,7 +225,8 @@ class _LastBlock(_Block):
     def _build_attention(self, attention: nn.Module, dtype: torch.dtype, product: str) -> None:
         q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
         scale = (q.weight.shape[0] // self.heads) ** -0.5
-        self.query = Product(_scaled(q.weight, scale), _scaled(q.bias, scale), dtype, product)
+        weight, bias = (tensor.to(_accumulate(dtype)) * scale for tensor in (q.weight, q.bias))
+        self.query = Product(weight, bias, dtype, product)
         keys = k.weight.unflatten(0, (self.heads, -1)).transpose(1, 2)  # [heads, width, head width]
         values, biases = v.weight.unflatten(0, (self.heads, -1)), v.bias.unflatten(0, (self.heads, -1))
         # One product a head, not one batched product: torch's depends on how many frames there are.
@@ -298,11 +303,6 @@ class Product(nn.Module):
         super().__setstate__(state)
         if self.product == "onednn":
             self.weight = _pack(self.weight)
-
-
-def _scaled(weight: Tensor, scale: float) -> Tensor:
-    """In float64, where a constant folds into weights without an error of its own."""
-    return weight if scale == 1 else weight.to(torch.float64) * scale
 
 
 def _pack(weight: Tensor) -> Tensor:
