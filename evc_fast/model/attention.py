@@ -45,7 +45,7 @@ class MultiHeadAttention(nn.Module):
     def read(self, query: Tensor, memory: Tensor) -> Tensor:
         """:meth:`forward` for one query [1, L, dim] that all of a batch share, and memory [B, S, memory_dim].
 
-        q_h (m W_k,h)^T = m (q_h W_k,h^T)^T: with heads L columns for all memories, keys are not projected at all.
+        q_h (m W_k,h)^T = (q_h W_k,h^T) m^T: heads L rows meet every memory, and keys are never projected.
         """
         length, head_width = query.shape[-2], self.dim // self.num_heads
         queries = self.split_heads(self.q_proj(query))[0] / head_width**0.5  # [h, L, dim / h]

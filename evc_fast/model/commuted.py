@@ -47,7 +47,7 @@ def visual_gate(encoder: FaceNetEncoder, summed: Tensor, facts: Tensor, visual: 
     # (20): with F = gamma x + beta, phi_F(F) k = x (gamma W_F k) + phi_F(beta) k: W_F meets V's N rows, and not K N.
     norm, d = encoder.fact_norm, encoder.config.dim
     reader = encoder.phi_f.weight * norm.weight
-    # x sums to 0 and so x + 1 to d: what a key sums to is free on the left, and on the right it adds to all scores.
+    # x sums to 0, so x r ignores a shift of r, and (x + 1) r = x r + sum r: rows are shifted to the sum phi_F(beta).
     reader = reader + (encoder.phi_f(norm.bias) / d - reader.mean(1)).unsqueeze(1)
     ones = torch.ones_like(norm.bias)
     query = F.layer_norm(summed, norm.normalized_shape, ones, ones, norm.eps)  # x + 1
