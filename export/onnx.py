@@ -24,13 +24,14 @@ def export_onnx(graph: Graph, path: Path, *, opset: int = MIN_OPSET) -> onnx.Mod
     """Write ``graph`` as one ONNX file of standard operators, and return what the file holds.
 
     Raises:
-        ExportError: onnx or onnxscript is missing, ``opset`` is too old, the weights do not fit into one file, or the
-            file would hold anything but operators of the ONNX standard.
+        ExportError: onnx or onnxscript is missing, ``opset`` is out of range, the weights do not fit into one file, or
+            the file would hold anything but operators of the ONNX standard.
     """
     onnx = require("onnx")
     require("onnxscript")
-    if opset < MIN_OPSET:
-        raise ExportError(f"the opset must be {MIN_OPSET} or later, got {opset}")
+    latest = onnx.defs.onnx_opset_version()
+    if not MIN_OPSET <= opset <= latest:
+        raise ExportError(f"the opset must be from {MIN_OPSET} to {latest}, got {opset}")
     weights = sum(tensor.nbytes for tensor in (*graph.module.parameters(), *graph.module.buffers()))
     if weights > _LARGEST:
         raise ExportError(f"{graph.name} has {weights / 2**30:.1f} GiB of weights, one ONNX file holds less than 2 GiB")
@@ -51,7 +52,7 @@ def export_onnx(graph: Graph, path: Path, *, opset: int = MIN_OPSET) -> onnx.Mod
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"{path.name} is not valid ONNX: {error}") from error
+        raise ExportError(f"{path.name} is not valid ONNX: {' '.join(str(error).split())}") from error
     return model
 
 
@@ -110,13 +111,15 @@ def _shape(value: onnx.ValueInfoProto) -> list[int | str]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter warns of optional packages that it does not find, which no graph here needs."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """The exporter warns of optional packages that it does not find, and of what it cannot fold."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

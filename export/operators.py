@@ -38,6 +38,7 @@ TYPES: dict[str, frozenset[str]] = {
     **dict.fromkeys(("Cast", "Constant", "ConstantOfShape", "Trilu", "Where"), _ALL),
     **dict.fromkeys(("And", "Or", "Xor", "Not"), _BOOL),
     "Gelu": _NUMBERS,
+    "Attention": _FLOATS | _BOOL,  # its mask may be BOOL
 }
 # Operators whose result has a type of its own.
 _RESULTS = {
@@ -50,7 +51,9 @@ _CONSTANT_INPUTS = {
     "Squeeze": (1,),
     "Unsqueeze": (1,),
 }
-_ONE_OUTPUT = ("LayerNormalization",)
+_ONE_OUTPUT = ("LayerNormalization", "Attention")
+_ATTENTION_INPUTS = 4  # Q, K, V and a mask, each of 4 dimensions; no cache
+_ATTENTION_ATTRIBUTES = ("softcap", "qk_matmul_output_mode")
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ class _Values:
         self.types = {value.name: name_of_type(value.type.tensor_type.elem_type) for value in described}
         self.types |= {tensor.name: name_of_type(tensor.data_type) for tensor in graph.initializer}
         self.ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in described}
+        self.ranks |= {tensor.name: len(tensor.dims) for tensor in graph.initializer}
         self.constants = {tensor.name for tensor in graph.initializer}
         self.constants |= {name for node in graph.node if node.op_type == "Constant" for name in node.output}
 
@@ -111,5 +115,11 @@ def _problems(node: onnx.NodeProto, values: _Values) -> Iterator[str]:
     for position in _CONSTANT_INPUTS.get(node.op_type, ()):
         if position < len(node.input) and node.input[position] and node.input[position] not in values.constants:
             yield f"input {node.input[position]!r} must be a constant"
+    if node.op_type == "Attention":
+        if any(node.input[_ATTENTION_INPUTS:]) or any(values.ranks.get(name) != 4 for name in filter(None, node.input)):
+            yield "only Q, K, V and a mask of 4 dimensions are supported"
+        for attribute in node.attribute:
+            if attribute.name in _ATTENTION_ATTRIBUTES and (attribute.f or attribute.i):
+                yield f"its attribute {attribute.name} is not supported"
     if node.op_type in _ONE_OUTPUT and len([name for name in node.output if name]) > 1:
         yield "only its first output is supported"

@@ -48,6 +48,11 @@ def test_a_graph_that_it_takes():
     assert report.to_dict() == {"parser": "TensorRT 10.15", "supported": True, "problems": []}
 
 
+def test_attention_of_opset_23():
+    graph = model(node("Attention", ["x", "x", "x"], scale=0.5), inputs=[("x", FLOAT, (1, 1, 2, 8))], opset=23)
+    assert check_operators(graph).problems == []
+
+
 @pytest.mark.parametrize(
     ("graph", "problem"),
     [
@@ -89,6 +94,14 @@ def test_a_graph_that_it_takes():
         (
             model(node("Tanh", ["x"]), inputs=[("x", FLOAT, (1,) * 9)]),
             "Tanh 'the_Tanh': input 'x' has 9 dimensions, taken are at most 8",
+        ),
+        (
+            model(node("Attention", ["x", "x", "x"]), inputs=[("x", FLOAT, (1, 2, 8))], opset=23),
+            "Attention 'the_Attention': only Q, K, V and a mask of 4 dimensions",
+        ),
+        (
+            model(node("Attention", ["x", "x", "x"], softcap=2.0), inputs=[("x", FLOAT, (1, 1, 2, 8))], opset=23),
+            "Attention 'the_Attention': its attribute softcap",
         ),
         (model(node("Exp", ["x"]), opset=8), "the graph uses opset 8 of ai.onnx, taken are 9 to 24"),
     ],
