@@ -130,6 +130,32 @@ def test_float32_errs_no_more_than_the_printed_order(options):
         assert_as_good_as_plain(mine[name], theirs[name], oracle, factor, name)
 
 
+@pytest.mark.parametrize("options", ENCODER_OPTIONS.values(), ids=ENCODER_OPTIONS)
+def test_explanations_are_those_as_printed(options):
+    encoder = build_encoder(dropout=0.0, **options)
+    arguments = encoder_inputs(encoder.config)
+    encoder.train()  # in evaluation mode the encoder may run on its fold
+    got, want = (encoder(*arguments, explain=True, impl=impl).explanation for impl in (None, "reference"))
+    for name, expected in want._asdict().items():
+        mine = getattr(got, name)
+        assert (mine is None) == (expected is None), name
+        if expected is not None:
+            assert not mine.requires_grad
+            torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("options", ENCODER_OPTIONS.values(), ids=ENCODER_OPTIONS)
+def test_bfloat16_trains(options):
+    encoder = build_encoder(dropout=0.0, **options).train()
+    with torch.no_grad():
+        want = encoder(*encoder_inputs(encoder.config), impl="reference").tokens
+    encoder.bfloat16()
+    got = evaluate(encoder, encoder_inputs(encoder.config, dtype=torch.bfloat16), None)
+    assert got["tokens"].dtype == torch.bfloat16
+    assert (got["tokens"].double() - want).abs().max() < 0.06 * want.abs().max()
+    assert all(x.dtype == torch.bfloat16 and x.isfinite().all() for x in got.values())
+
+
 # --- Cost ------------------------------------------------------------------------------------------
 
 
