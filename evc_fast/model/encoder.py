@@ -55,7 +55,7 @@ class FaceNetEncoder(nn.Module):
         super().__init__()
         check_emotion_features(emotion_features, config)
         self.config = config
-        self._self_folding = SelfFolding()
+        self.self_folding = SelfFolding()
         d, heads = config.dim, config.num_heads
 
         # A linear map stands only where widths differ or an equation names it.
@@ -124,9 +124,9 @@ class FaceNetEncoder(nn.Module):
         """
         check_inputs(self.config, self.fact_norm.weight, video, triplets, similarity, groups)
         if impl is None and not self.training and not torch.compiler.is_compiling():
-            folded = self._self_folding.get(self, (video, triplets, similarity, groups))
+            folded = self.self_folding.get(self, (video, triplets, similarity, groups))
             if folded is not None:
-                return folded(video, triplets, similarity, groups, explain=explain)
+                return folded.run(video, triplets, similarity, groups, explain=explain)
         config = self.config
         stages = straight if impl == "reference" else commuted
 
@@ -243,7 +243,10 @@ class FaceNetEncoder(nn.Module):
         """The same function with the weights folded for inference: less than half the products, one compiled call.
 
         Needs evaluation mode. In that mode, where no gradients are asked for, the encoder itself runs on its fold; this
-        method is for another type or number of frames, and for export.
+        method is for another type or number of frames, and for export. A fold is a snapshot: once the encoder's weights
+        have changed it refuses to run, as long as the encoder lives (the encoder's own fold is made anew instead).
+        Only a change that PyTorch does not count, of few elements (``weight.data[3, 5] = 0``), can pass unnoticed:
+        see :class:`~evc_fast.model.stamp.Stamp`.
 
         Args:
             dtype: of the folded weights, None for the encoder's; whatever it is, the CPU kernels accumulate in float32
@@ -251,7 +254,7 @@ class FaceNetEncoder(nn.Module):
             num_frames: N of every call, None for the configuration's.
 
         Raises:
-            RuntimeError: the encoder is in training mode.
+            RuntimeError: the encoder is in training mode, or a submodule is not the one it was built with.
             TypeError, ValueError: ``dtype`` is no floating type or has no kernel, or ``num_frames`` is below 1.
         """
         return fold(self, dtype, num_frames)

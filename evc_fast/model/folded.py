@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from evc_fast import ops
@@ -33,20 +35,21 @@ class FoldedEncoder(nn.Module):
         weights: made by :func:`fold_weights`.
         config: the encoder's configuration.
         num_frames: N, the number of frames that every call must have.
+        norm_eps: of the encoder's LayerNorm.
 
     Attributes:
         config, num_frames: as given. dtype: of the weights, and of tokens, logits and gates.
     """
 
-    def __init__(self, weights: FoldedWeights, config: FaceNetConfig, num_frames: int) -> None:
+    def __init__(self, weights: FoldedWeights, config: FaceNetConfig, num_frames: int, norm_eps: float = 1e-5) -> None:
         super().__init__()
         self.config = config
         self.num_frames = num_frames
-        self.options = folded_options(config)
+        self.options = folded_options(config, norm_eps)
         for name, weight in weights._asdict().items():
             self.register_buffer(name, weight)
         self._packed: tuple[Stamp, list[Tensor]] | None = None
-        self._source: tuple[weakref.ref, Stamp] | None = None
+        self._source: tuple[weakref.ref, weakref.ref] | None = None  # the encoder, and its stamp
         self.eval()
 
     @property
@@ -89,6 +92,23 @@ class FoldedEncoder(nn.Module):
         """
         self._check_inputs(video, triplets, similarity, groups)
         self._check_source()
+        if _compiled_serves(self.ffn_weight, impl) and (self._packed is None or not self._packed[0].matches()):
+            self._pack()
+        return self.run(video, triplets, similarity, groups, explain=explain, impl=impl)
+
+    def run(
+        self,
+        video: Tensor,
+        triplets: Tensor | None,
+        similarity: Tensor | None,
+        groups: Tensor | None,
+        *,
+        explain: bool,
+        impl: Impl | None = None,
+    ) -> EncoderOutput:
+        """:meth:`forward` where inputs and weights are known to be as they should."""
+        if _compiled_serves(self.ffn_weight, impl) and self._packed is None:
+            self._pack()
         output = ops.folded_encoder(
             video,
             triplets,
@@ -96,7 +116,7 @@ class FoldedEncoder(nn.Module):
             groups,
             self._weights(),
             self.options,
-            packed=self._packed_weights() if _compiled_serves(self.ffn_weight, impl) else None,
+            packed=self._packed[1] if self._packed else None,
             explain=explain,
             impl=impl,
         )
@@ -105,17 +125,15 @@ class FoldedEncoder(nn.Module):
     def _weights(self) -> FoldedWeights:
         return FoldedWeights(*map(self._buffers.__getitem__, FoldedWeights._fields))
 
-    def _packed_weights(self) -> list[Tensor]:
-        """The buffers packed for this machine; anew where they have changed."""
-        if self._packed is None or not self._packed[0].matches():
-            self._packed = Stamp(self), ops.pack_folded_encoder(self._weights(), self.options)
-        return self._packed[1]
+    def _pack(self) -> None:
+        """Pack the buffers for this machine."""
+        self._packed = Stamp(self), ops.pack_folded_encoder(self._weights(), self.options)
 
     def _check_source(self) -> None:
         if self._source is None:
             return
-        encoder, stamp = self._source
-        if encoder() is not None and not stamp.matches():
+        encoder, stamp = (reference() for reference in self._source)
+        if encoder is not None and (stamp is None or not stamp.matches()):
             raise RuntimeError("the encoder's weights have changed since they were folded: call encoder.fold() again")
 
     def __getstate__(self) -> dict[str, Any]:
@@ -146,46 +164,64 @@ def fold(encoder: FaceNetEncoder, dtype: torch.dtype | None, num_frames: int | N
     num_frames = encoder.config.num_frames if num_frames is None else num_frames
     if isinstance(num_frames, bool) or not isinstance(num_frames, int) or num_frames < 1:
         raise ValueError(f"fold: num_frames must be an integer of at least 1, got {num_frames!r}")
-    stamp = Stamp(encoder)
-    folded = FoldedEncoder(fold_weights(encoder, dtype), encoder.config, num_frames)
-    folded._source = weakref.ref(encoder), stamp
+    obstacle = _obstacle(encoder)
+    if obstacle:
+        raise RuntimeError(f"fold() cannot fold this encoder: {obstacle}")
+    stamp = encoder.self_folding.stamp(encoder)
+    folded = FoldedEncoder(fold_weights(encoder, dtype), encoder.config, num_frames, encoder.fact_norm.eps)
+    folded._source = weakref.ref(encoder), weakref.ref(stamp)
     return folded
 
 
 class SelfFolding:
-    """What an encoder in evaluation mode keeps: its own fold, made anew whenever a weight has changed."""
+    """What an encoder keeps for evaluation mode: its own fold, made anew whenever a weight has changed.
+
+    A copy of the encoder starts with none.
+    """
 
     def __init__(self) -> None:
-        self._folded: FoldedEncoder | None = None
         self._stamp: Stamp | None = None
+        self._folded: FoldedEncoder | None = None
+        self._refused = False  # this stamp's encoder has an obstacle
+
+    def stamp(self, encoder: FaceNetEncoder) -> Stamp:
+        """The encoder as it is now; the same object as long as it stays so."""
+        if self._stamp is None or not self._stamp.matches():
+            self._stamp, self._folded, self._refused = Stamp(encoder), None, False
+        return self._stamp
 
     def get(self, encoder: FaceNetEncoder, inputs: Sequence[Tensor | None]) -> FoldedEncoder | None:
         """The fold that serves these inputs, or None where the encoder itself must run.
 
-        That is: off the CPU or without the compiled library, where gradients are asked for, under autocast, compiling,
-        tracing or a dispatch mode, with another number of frames than the configuration's, or where a forward hook
-        wants to see a submodule run.
+        That is: off the CPU or without the compiled library; where derivatives are asked for; under autocast,
+        compiling, tracing, function transforms or a dispatch mode; with another number of frames than the
+        configuration's; and where a submodule is not what the encoder was built with, or has a forward hook.
         """
         weight = encoder.fact_norm.weight
         if (
-            not _compiled_serves(weight, None)
+            weight is None
+            or not _compiled_serves(weight, None)
             or inputs[0].shape[1] != encoder.config.num_frames
             or inputs[0].dtype != weight.dtype
             or torch.is_autocast_enabled("cpu")
             or torch.compiler.is_compiling()
             or torch.jit.is_tracing()
             or is_in_torch_dispatch_mode()
+            or torch._C._functorch.peek_interpreter_stack() is not None
+            or forward_ad._current_level >= 0
             or any(x is not None and type(x) is not Tensor for x in inputs)
             or (torch.is_grad_enabled() and _wants_gradient(encoder, inputs))
         ):
             return None
-        if self._stamp is None or not self._stamp.matches():
-            self._stamp, self._folded = Stamp(encoder), None
-        if self._stamp.hooked():
-            return None
+        for module in self.stamp(encoder).modules:
+            if module.training or module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+                return None
         if self._folded is None:
+            if self._refused or _obstacle(encoder):
+                self._refused = True
+                return None
             weights = fold_weights(encoder, weight.dtype)
-            self._folded = FoldedEncoder(weights, encoder.config, encoder.config.num_frames)
+            self._folded = FoldedEncoder(weights, encoder.config, encoder.config.num_frames, encoder.fact_norm.eps)
         return self._folded
 
     def __deepcopy__(self, memo: dict) -> SelfFolding:
@@ -193,6 +229,33 @@ class SelfFolding:
 
     def __reduce__(self) -> tuple:
         return SelfFolding, ()
+
+
+def _obstacle(encoder: FaceNetEncoder) -> str:
+    """Why a fold would compute another function than the encoder does, or ""."""
+    built = _built_types(type(encoder), encoder.config)
+    for name, module in encoder.named_modules():
+        where = f"its {name}" if name else "it"
+        if type(module) is not built.get(name):
+            return f"{where} is a {type(module).__name__}, and was not built as one"
+        if module.training:
+            return f"{where} is in training mode"
+        if "forward" in vars(module):
+            return f"{where} has a forward of its own"
+    if encoder.ffn[1].approximate != "none" or not encoder.fact_norm.elementwise_affine:
+        return "its GELU or its LayerNorm has another form than the one it was built with"
+    return ""
+
+
+@functools.lru_cache(maxsize=32)
+def _built_types(kind: type, config: FaceNetConfig) -> dict[str, type]:
+    """Name and type of every module of the encoder that this configuration builds; of a subclass none is known."""
+    from evc_fast.model.encoder import FaceNetEncoder
+
+    if kind is not FaceNetEncoder:
+        return {}
+    with torch.device("meta"):
+        return {name: type(module) for name, module in FaceNetEncoder(config).named_modules()}
 
 
 def _wants_gradient(encoder: FaceNetEncoder, inputs: Sequence[Tensor | None]) -> bool:
@@ -204,8 +267,8 @@ def _compiled_serves(weight: Tensor, impl: Impl | None) -> bool:
     return impl != "reference" and not EXTENSION_MISSING and weight.device.type == "cpu" and weight.dtype in CPP_DTYPES
 
 
-def folded_options(config: FaceNetConfig) -> FoldedOptions:
-    """The configuration as the op takes it."""
+def folded_options(config: FaceNetConfig, norm_eps: float = 1e-5) -> FoldedOptions:
+    """The configuration, and the LayerNorm's epsilon, as the op takes them."""
     return FoldedOptions(
         num_heads=config.num_heads,
         num_triplets=config.num_triplets,
@@ -218,6 +281,7 @@ def folded_options(config: FaceNetConfig) -> FoldedOptions:
         merge_identical_triplets=config.merge_identical_triplets,
         self_refine=config.self_refine,
         cross_refine=config.cross_refine,
+        norm_eps=norm_eps,
     )
 
 
@@ -291,5 +355,5 @@ def fold_weights(encoder: FaceNetEncoder, dtype: torch.dtype) -> FoldedWeights:
     w["output_bias"] = output(queries + attn.o_proj.weight @ attn.v_proj.bias + attn.o_proj.bias)  # (29)
 
     w["visual_weight"], w["visual_bias"] = (torch.cat(parts) for parts in zip(*visual, strict=True))
-    made = {name: None if t is None else t.to(dtype).contiguous() for name, t in w.items()}
+    made = {name: None if t is None else t.detach().to(dtype).contiguous() for name, t in w.items()}
     return FoldedWeights(**made)

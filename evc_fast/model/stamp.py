@@ -10,32 +10,32 @@ from torch import Tensor, nn
 
 from evc_fast.ops._library import EXTENSION
 
-_SAMPLES = 8  # values a tensor
+_LEAST, _ONE_IN = 8, 1021  # values read of a tensor; a prime: they fall on all columns of a matrix
 
 
 class Stamp:
     """The state of a module's weights at one moment.
 
-    It holds every parameter, buffer and submodule by identity, every tensor's address and PyTorch's count of its
-    in-place changes. Writes that PyTorch does not count (through ``.data`` or a NumPy view) are found by their values:
-    8 of each tensor, evenly spaced with both ends; of a tensor without a count (made in inference mode), all of them.
-    So the one change that passes is a write around PyTorch's count that leaves those 8 values of its tensor as they
-    were.
+    It holds every parameter, buffer and submodule by identity, every tensor's address, strides and PyTorch's count of
+    its in-place changes. Writes that PyTorch does not count (through ``.data`` or a NumPy view) are found by their
+    values: one in 1,021 of each tensor, evenly spaced, at least 8 with both ends; of a tensor without a count (made in
+    inference mode), all of them. So what passes is a write around PyTorch's count that leaves all of those as they
+    were: a few elements, or a few rows of a large matrix.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._modules = list(module.modules())
-        self._children = [(m._modules, name, child) for m in self._modules for name, child in m._modules.items()]
+        self.modules = list(module.modules())
+        self._children = [(m._modules, name, child) for m in self.modules for name, child in m._modules.items()]
         self._slots = [
             (slots, name, tensor)
-            for m in self._modules
+            for m in self.modules
             for slots in (m._parameters, m._buffers)
             for name, tensor in slots.items()
         ]
         tensors = [tensor for _, _, tensor in self._slots if tensor is not None]
         self._tensors = tensors
         self._counted = [t for t in tensors if not t.is_inference()]
-        self._digests = _Digest(self._counted, _SAMPLES), _Digest([t for t in tensors if t.is_inference()], 0)
+        self._digests = _Digest(self._counted), _Digest([t for t in tensors if t.is_inference()], every=True)
         self._state = self._read()
 
     def matches(self) -> bool:
@@ -48,43 +48,43 @@ class Stamp:
                 return False
         return self._read() == self._state
 
-    def hooked(self) -> bool:
-        """Whether any module has a forward hook, which only the module's own forward runs."""
-        return any(m._forward_hooks or m._forward_pre_hooks for m in self._modules)
-
     def _read(self) -> tuple:
         # Addresses first: a digest reads at those that it was made with.
         pointers = [t.data_ptr() for t in self._tensors]
         if pointers != getattr(self, "_pointers", pointers):
             return ()
         self._pointers = pointers
-        return [t._version for t in self._counted], *(digest() for digest in self._digests)
+        versions = [t._version for t in self._counted]
+        return versions, [t.stride() for t in self._tensors], *(digest() for digest in self._digests)
 
 
 class _Digest:
-    """A number that changes with ``samples`` values of each tensor (0: with all of them); addresses are read once."""
+    """A number that changes with the sampled values (``every``: with all) of tensors; their addresses are read once."""
 
-    def __init__(self, tensors: Sequence[Tensor], samples: int) -> None:
-        self._samples = samples
-        plain = [t for t in tensors if EXTENSION and t.device.type == "cpu" and t.is_contiguous()]
-        self._others = [t for t in tensors if not any(t is p for p in plain)]
-        count = len(plain)
-        self._arguments = (
-            ctypes.c_int64(count),
-            (ctypes.c_void_p * count)(*(t.data_ptr() for t in plain)),
-            (ctypes.c_int64 * count)(*(t.numel() for t in plain)),
-            (ctypes.c_int64 * count)(*(t.element_size() for t in plain)),
-            ctypes.c_int64(samples),
-        )
+    def __init__(self, tensors: Sequence[Tensor], *, every: bool = False) -> None:
+        self._samples = [t.numel() if every else max(_LEAST, t.numel() // _ONE_IN) for t in tensors]
+        self._tensors = [t.detach() for t in tensors]
+        self._arguments: tuple | None = None
+        if EXTENSION and all(t.device.type == "cpu" and t.is_contiguous() for t in tensors):
+            count = len(tensors)
+            self._arguments = (
+                ctypes.c_int64(count),
+                (ctypes.c_void_p * count)(*(t.data_ptr() for t in tensors)),
+                (ctypes.c_int64 * count)(*(t.numel() for t in tensors)),
+                (ctypes.c_int64 * count)(*(t.element_size() for t in tensors)),
+                (ctypes.c_int64 * count)(*self._samples),
+            )
 
-    def __call__(self) -> tuple:
-        values = [value for t in self._others for value in self._picked(t)]
-        return EXTENSION.evc_fast_digest(*self._arguments) if EXTENSION else 0, values
+    def __call__(self) -> int | list[int]:
+        if self._arguments:
+            return EXTENSION.evc_fast_digest(*self._arguments)
+        return [x for t, samples in zip(self._tensors, self._samples, strict=True) for x in _picked(t, samples)]
 
-    def _picked(self, tensor: Tensor) -> list[float]:
-        flat = tensor.detach().reshape(-1)
-        if self._samples and flat.numel() > self._samples:
-            flat = flat[
-                torch.linspace(0, flat.numel() - 1, self._samples, dtype=torch.float64, device=flat.device).long()
-            ]
-        return flat.double().tolist()
+
+def _picked(tensor: Tensor, samples: int) -> list[int]:
+    """The values' bits as float64: a NaN equals itself."""
+    flat = tensor.reshape(-1)
+    if flat.numel() > samples:
+        places = torch.arange(samples, device=flat.device) * (flat.numel() - 1) // (samples - 1)
+        flat = flat[places]
+    return flat.double().view(torch.int64).tolist()

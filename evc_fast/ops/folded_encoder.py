@@ -18,7 +18,6 @@ from evc_fast.reference.folded_encoder import FoldedOptions, FoldedOutput, Folde
 from evc_fast.reference.folded_encoder import folded_encoder as reference
 
 _PAD = 32  # kFoldedPad of csrc/ops.h: the columns of every section, whatever the instruction set
-_NORM_EPS = 1e-5
 
 
 def folded_encoder(
@@ -53,6 +52,8 @@ def folded_encoder(
         TypeError, ValueError: an argument has the wrong type, rank, size or device.
         RuntimeError: ``impl`` cannot run here.
     """
+    if isinstance(similarity, Tensor):
+        similarity = similarity.to(accumulate_dtype(weights.ffn_weight))
     named = [("video", video, ("B", "N", "D_v"))]
     if options.retrieval:
         named.append(("triplets", triplets, ("B", str(options.num_triplets), "3", "D_t")))
@@ -91,7 +92,7 @@ def _compiled(video, triplets, similarity, groups, weights, options, packed, exp
             groups,
             pack_folded_encoder(weights, options) if packed is None else packed,
             folded_sizes(weights, options),
-            _NORM_EPS,
+            options.norm_eps,
             explain,
         )
     )

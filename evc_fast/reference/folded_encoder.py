@@ -26,7 +26,7 @@ from evc_fast.reference.routing_aggregation import routing_aggregation
 
 
 class FoldedOptions(NamedTuple):
-    """What the weights' shapes leave open; integers and flags alone."""
+    """What the weights' shapes leave open."""
 
     num_heads: int
     num_triplets: int
@@ -39,6 +39,7 @@ class FoldedOptions(NamedTuple):
     merge_identical_triplets: bool
     self_refine: bool
     cross_refine: bool
+    norm_eps: float
 
     @property
     def num_groups(self) -> int:
@@ -177,7 +178,7 @@ def folded_encoder(
             if o.video_router:
                 logits = logits.mean(1, keepdim=True).expand_as(logits)
     update = F.linear(F.gelu(hidden), w.ffn_weight, w.ffn_bias)
-    facts = F.layer_norm(update + residual.unsqueeze(1), (d,), w.norm_weight, w.norm_bias)  # (18)
+    facts = F.layer_norm(update + residual.unsqueeze(1), (d,), w.norm_weight, w.norm_bias, o.norm_eps)  # (18)
     if o.emotion_augmentation and not o.emotion_first:
         context, distribution = augment(F.linear(facts, w.emotion_query_weight, w.emotion_query_bias), facts)
 
@@ -216,7 +217,7 @@ def _hidden_of_triplets(query: Tensor, calibrated: Tensor, w: FoldedWeights, hea
     keys, values = F.linear(calibrated, w.triplet_weight).unflatten(-1, (2, heads, -1)).unbind(-3)  # [B, K, 3, h, d/h]
     q = query.unflatten(-1, (heads, -1)).transpose(1, 2).unsqueeze(1)  # [B, 1, h, N, d/h]
     attention = (q @ keys.permute(0, 1, 3, 4, 2)).softmax(-1)  # P of (17) [B, K, h, N, 3]
-    rows = values.permute(3, 0, 1, 2, 4).reshape(heads, batch * k * components, -1)
+    rows = values.permute(3, 0, 1, 2, 4).reshape(heads, batch * k * components, values.shape[-1])
     of_values = (rows @ w.hidden_weight).unflatten(1, (batch, k, components))  # [h, B, K, 3, F + K K]
     of_values = of_values.permute(1, 2, 0, 3, 4).flatten(2, 3)  # [B, K, h 3, F + K K]
     return attention.transpose(2, 3).flatten(3) @ of_values
