@@ -1,0 +1,517 @@
+"""Time the encoder with its Q-former on a CPU: ours, folded and not, beside eager PyTorch, compilers and engines.
+
+Every row is held against the straight encoder in float64 before it is timed; a wrong one is reported and not timed. All
+are timed in turns within one run, and the least time of many calls counts. The floor is the least that this machine
+allows, measured in the same run: the row's matrix products at the highest rate that any product of its type reached,
+or its weights read once from memory, whichever takes longer.
+
+    python benchmarks/encoder.py                                  # B = 1 and 32, the paper's sizes, all rows
+    python benchmarks/encoder.py --batch 1 --rows ours ours-bf16 onnx-folded --seconds 10
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from _bytes import nbytes
+from _machine import best_seconds, describe, dtype_name, measure_ceilings, missing_package
+from _report import MISSING, Table, count, milliseconds
+from _stages import flop_counter
+from efficiency import better_of
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from evc_fast.model import FaceNetConfig
+from evc_fast.ops import dispatch
+from evc_fast.ops._library import EXTENSION_MISSING
+from evc_fast.ops.packed_linear import PackedLinear
+from evc_fast.testing.encoder_cases import ENCODER_WIDTHS, build_encoder, encoder_inputs
+from evc_fast.testing.tolerances import FORWARD_FACTOR, error_bound, largest_error
+
+PAPER = {name: getattr(FaceNetConfig(), name) for name in ENCODER_WIDTHS} | {"k": 4, "n": 16, "w": 179}
+BASELINE = "eager"
+RIVAL_SLACK = 4  # rivals order sums as they like: they are compared, not judged by our bound
+BURST = 0.1  # seconds of a row's turn: threads of the row before spin for half of that (ONNX Runtime's)
+ALLOWANCE = 3.0  # a row that takes longer sits turns out, so that all of its calls cost this many times the baseline's
+NEAR_LIMIT = 1.1  # time over floor that counts as this machine's limit
+F32, BF16 = torch.float32, torch.bfloat16
+
+Inputs = list[Tensor]
+Run = Callable[[Inputs], Sequence[Tensor]]
+
+
+class Subject:
+    """One encoder with random weights, biases, norms and gates, in the forms that the rows run.
+
+    ``folder``: where artefacts are exported to, as rows ask for them.
+    """
+
+    def __init__(self, sizes: dict, threads: int, folder: Path) -> None:
+        self.threads = threads
+        self.folder = folder
+        self.encoder = build_encoder(**sizes).float().requires_grad_(False)  # values that float32 holds
+        self.exact = copy.deepcopy(self.encoder).double()
+        self.folded = self.encoder.fold()
+        self.folded_bf16 = self.encoder.fold(dtype=BF16)
+        self._artefacts: dict[str, Path] = {}
+
+    def inputs(self, batch: int) -> Inputs:
+        return encoder_inputs(self.encoder.config, batch, dtype=F32)[:3]
+
+    def artefact(self, kind: str, graph: str) -> Path:
+        """The float32 export of one graph by `evc_fast.export`, parity check included."""
+        from evc_fast.export import ExportOptions, export
+
+        name = f"{kind}-{graph}"
+        if name not in self._artefacts:
+            source = self.folder / "encoder"
+            if not source.exists():
+                self.encoder.save_pretrained(source)
+            options = ExportOptions(targets=(kind,), dtypes=("fp32",), graphs=(graph,))
+            made = export(source, self.folder / name, options)
+            suffix = {"tensorrt": ".engine"}.get(kind, f".{kind}")
+            (file,) = (entry["name"] for entry in made["artefacts"] if entry["name"].endswith(suffix))
+            self._artefacts[name] = self.folder / name / file
+        return self._artefacts[name]
+
+
+def straight(subject: Subject) -> Run:
+    return lambda inputs: subject.encoder(*inputs, impl="reference")[:2]
+
+
+def unfolded(subject: Subject) -> Run:
+    return lambda inputs: subject.encoder(*inputs, impl="cpp")[:2]  # asked for by name, the ops run: no fold
+
+
+def automatic(subject: Subject) -> Run:
+    return lambda inputs: subject.encoder(*inputs)[:2]
+
+
+def folded(subject: Subject, dtype: torch.dtype, impl: str | None) -> Run:
+    module = subject.folded if dtype == F32 else subject.folded_bf16
+    return lambda inputs: module(*inputs, impl=impl)[:2]
+
+
+def compiled(subject: Subject) -> Run:
+    torch._dynamo.reset()
+    module = torch.compile(subject.encoder, fullgraph=True, options={"freezing": True})  # weights become constants
+    return lambda inputs: module(*inputs, impl="reference")[:2]
+
+
+def onnxruntime_session(subject: Subject, graph: str) -> Run:
+    from evc_fast.export import load
+
+    runner = load(subject.artefact("onnx", graph), threads=subject.threads)
+    return lambda inputs: [torch.from_numpy(each) for each in runner.session.run(None, runner.feeds(inputs))]
+
+
+def aoti_package(subject: Subject) -> Run:
+    from evc_fast.export import load
+
+    package = load(subject.artefact("pt2", "folded")).package
+    return lambda inputs: package(*inputs)
+
+
+def tensorrt_engine(subject: Subject) -> Run:
+    from evc_fast.export import load
+
+    runner = load(subject.artefact("tensorrt", "folded"))
+    return lambda inputs: [each.cpu() for each in runner.run(*inputs)]
+
+
+def without(*packages: str) -> str:
+    """Which of these packages a row needs and does not find, or ""."""
+    missing = missing_package(*packages)
+    if missing == "evc_fast.export":
+        return "needs evc_fast.export, which an installed evc_fast has"
+    return f"needs {missing}" if missing else ""
+
+
+def no_compiler() -> str:
+    reason = without("evc_fast.export")
+    if reason:
+        return reason
+    from evc_fast.export import ExportError
+    from evc_fast.export.aoti import require_compiler
+
+    try:
+        require_compiler("cpu")
+    except ExportError as error:
+        return f"needs a C++ compiler: {error}"
+    return ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to compute the tokens: `prepare` builds it, `missing` says why it cannot run here."""
+
+    about: str
+    graph: str  # of COUNTED: whose products it executes
+    prepare: Callable[[Subject], Run]
+    missing: Callable[[], str] = lambda: ""
+    dtype: torch.dtype = F32
+    ours: bool = False
+
+
+def ours(about: str, graph: str, prepare: Callable[[Subject], Run], dtype: torch.dtype = F32) -> Row:
+    return Row(f"ours, {about}", graph, prepare, lambda: EXTENSION_MISSING, dtype, True)
+
+
+def engine(about: str, graph: str, prepare: Callable[[Subject], Run], *packages: str) -> Row:
+    return Row(f"{about}, {graph} graph", graph, prepare, lambda: without(*packages, "evc_fast.export"))
+
+
+COUNTED: dict[str, Callable[[Subject], Run]] = {
+    "straight": straight,
+    "reordered": unfolded,
+    "folded": lambda s: folded(s, F32, None),  # itself: under a counter the encoder makes no fold
+}
+ONNX = ("onnx", "onnxscript", "onnxruntime")
+ROWS = {
+    BASELINE: Row("eager PyTorch, straight", "straight", straight),
+    "unfolded": ours("not folded", "reordered", unfolded),
+    "torch.compile": Row("torch.compile with freezing, straight", "straight", compiled),
+    "eager-folded": Row("eager PyTorch, folded", "folded", lambda s: folded(s, F32, "reference")),
+    "eager-folded-bf16": Row("eager PyTorch, folded", "folded", lambda s: folded(s, BF16, "reference"), dtype=BF16),
+    "ours": ours("encoder.eval(), which folds itself", "folded", automatic),
+    "ours-bf16": ours("encoder.fold(dtype=bfloat16)", "folded", lambda s: folded(s, BF16, "cpp"), BF16),
+    "onnx": engine("ONNX Runtime", "straight", lambda s: onnxruntime_session(s, "straight"), *ONNX),
+    "onnx-folded": engine("ONNX Runtime", "folded", lambda s: onnxruntime_session(s, "folded"), *ONNX),
+    "pt2": Row("AOTInductor .pt2, folded graph", "folded", aoti_package, no_compiler),
+    "tensorrt": engine("TensorRT on the GPU", "folded", tensorrt_engine, "tensorrt", *ONNX),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a row shall reach at one batch size: a ratio to eager, or else a share of the matrix peak."""
+
+    name: str
+    batch: int
+    row: str
+    ratio: float
+    share: float | None = None
+
+
+TARGETS = (
+    Target("C1", 1, "ours", 3.0),
+    Target("C1", 1, "ours-bf16", 5.0),
+    Target("C2", 32, "ours", 2.0),
+    Target("C2", 32, "ours-bf16", 3.8, 0.9),
+)
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    first, *rest = __doc__.split("\n\n")
+    parser = argparse.ArgumentParser(
+        description=first, epilog="\n\n".join(rest), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 32], help="videos in a batch (default: 1 32)")
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="default: all")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=20.0, help="measuring time of a batch size (default: 20)")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile and the .pt2 out")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).parent / "results" / "local",
+        help="folder of encoder.json and encoder.md (default: %(default)s)",
+    )
+    return parser.parse_args(argv)
+
+
+def wrong(name: str, subject: Subject, found: Sequence[Tensor], oracle: Sequence[Tensor], inputs: Inputs) -> str:
+    """What strays from float64 further than the project allows, or ""."""
+    row = ROWS[name]
+    plain_encoder = subject.encoder if row.dtype == F32 else copy.deepcopy(subject.encoder).to(row.dtype)
+    plain = plain_encoder(*(x.to(row.dtype) for x in inputs), impl="reference")
+    for part, a, p, e in zip(("tokens", "emotion logits"), found, plain, oracle, strict=False):
+        bound = (1 if row.ours else RIVAL_SLACK) * error_bound(a.dtype, p, e, FORWARD_FACTOR)
+        error = largest_error(a, e)
+        if not error <= bound:
+            return f"its {part} err by {error:.3g}, {bound:.3g} is allowed"
+    if name == "ours" and not torch.equal(found[0], subject.folded(*inputs).tokens):
+        return "the encoder did not fold itself"
+    return ""
+
+
+def relative_error(found: Tensor, oracle: Tensor) -> float:
+    return largest_error(found, oracle) / oracle.abs().max().item()
+
+
+def executed_flops(row: Row, subject: Subject, inputs: Inputs) -> int:
+    """Matrix products of one call, 2 FLOPs a multiply-add."""
+    with flop_counter() as counter:
+        COUNTED[row.graph](subject)(inputs)
+    return counter.get_total_flops()
+
+
+def weight_bytes(row: Row, subject: Subject) -> int:
+    """Bytes of all weights and constants that the row reads."""
+    module: nn.Module = subject.encoder
+    if row.graph == "folded":
+        module = subject.folded if row.dtype == F32 else subject.folded_bf16
+    return nbytes(*module.parameters(), *module.buffers())
+
+
+def unlike(run: Run, inputs: Inputs, threads: int) -> str:
+    """Where a video's tokens depend on its place in the batch, on its neighbours or on the threads, or ""."""
+    batch = len(inputs[0])
+    alone = [x[:1] for x in inputs]
+    wanted = run(alone)[0]
+    for number in dict.fromkeys((1, 2, threads)):
+        torch.set_num_threads(number)
+        try:
+            together = run(inputs)[0]
+            same_video = run([x.expand(batch, *x.shape[1:]).contiguous() for x in alone])[0]
+            if not torch.equal(same_video, wanted.expand_as(same_video)):
+                return f"the same video at each of {batch} positions differs, {number} threads"
+            for position in range(batch):
+                single = run([x[position : position + 1] for x in inputs])[0]
+                if not torch.equal(single[0], together[position]):
+                    return f"position {position} of {batch} differs from the video alone, {number} threads"
+        finally:
+            torch.set_num_threads(threads)
+    return ""
+
+
+def take_turns(runs: dict[str, Run], inputs: Inputs, seconds: float, least: int = 3) -> tuple[dict[str, float], int]:
+    """Least seconds of a call of each row, all in turns for `seconds`, and the number of turns.
+
+    In its turn a row is called again and again for BURST seconds, twice at least.
+    """
+    best, spent = dict.fromkeys(runs, float("inf")), dict.fromkeys(runs, 0.0)
+    turns, begin = 0, time.perf_counter()
+    while turns < least or time.perf_counter() - begin < seconds:
+        turns += 1
+        for name, run in runs.items():
+            if spent[name] > ALLOWANCE * spent[BASELINE]:
+                continue
+            calls, start = 0, time.perf_counter()
+            now = start
+            while calls < 2 or now - start < BURST:
+                before = now
+                run(inputs)
+                now = time.perf_counter()
+                best[name] = min(best[name], now - before)
+                calls += 1
+            spent[name] += now - start
+    return best, turns
+
+
+def measure(
+    batch: int, subject: Subject, names: Sequence[str], seconds: float, say: Callable[[str], None] = lambda _: None
+) -> dict:
+    """Build and check every row at one batch size, then time all of them."""
+    inputs = subject.inputs(batch)
+    record: dict = {"batch": batch, "rows": {}, "failed": {}, "skipped": {}, "positions": {}}
+    runs: dict[str, Run] = {}
+    with torch.inference_mode():
+        oracle = subject.exact(*(x.double() for x in inputs), impl="reference")
+        for name in dict.fromkeys((BASELINE, *names)):
+            row = ROWS[name]
+            reason = row.missing()
+            if reason:
+                record["skipped"][name] = reason
+                continue
+            say(f"B={batch}: {name}")
+            start = time.perf_counter()
+            run = row.prepare(subject)
+            found = run(inputs)
+            built = time.perf_counter() - start
+            fault = wrong(name, subject, found, oracle, inputs)
+            if not fault and name in ("ours", "ours-bf16"):
+                fault = record["positions"][name] = unlike(run, inputs, subject.threads)
+            if fault:
+                record["failed"][name] = fault
+                continue
+            runs[name] = run
+            record["rows"][name] = {
+                "dtype": dtype_name(row.dtype),
+                "error": relative_error(found[0], oracle[0]),
+                "flops": executed_flops(row, subject, inputs),
+                "weight_bytes": weight_bytes(row, subject),
+                "build_s": built,
+            }
+        say(f"B={batch}: {len(runs)} rows in turns")
+        best, record["turns"] = take_turns(runs, inputs, seconds)
+    for name, least in best.items():
+        record["rows"][name]["seconds"] = least
+    return record
+
+
+def ceilings_now(dtypes: list[torch.dtype]) -> dict:
+    """What this machine can do just now: PyTorch's own products, and ours with packed weights."""
+    ceilings = measure_ceilings("cpu", dtypes)
+    ceilings["matrix_flops_per_s_packed"] = {} if EXTENSION_MISSING else {dtype_name(d): packed_peak(d) for d in dtypes}
+    return ceilings
+
+
+def packed_peak(dtype: torch.dtype) -> float:
+    """FLOP/s of `PackedLinear` at sizes where nothing but the products counts."""
+    rates = []
+    for rows, inner, outer in ((1024, 1024, 1024), (768, 768, 3072)):
+        product, data = PackedLinear(torch.randn(outer, inner).to(dtype)), torch.randn(rows, inner)
+        rates.append(2 * rows * inner * outer / best_seconds(functools.partial(product, data), "cpu"))
+    return max(rates)
+
+
+def peak_of(ceilings: dict, dtype: str) -> tuple[float, str]:
+    """The highest rate that a product of this type reached in this run, and whose.
+
+    float32's counts for bfloat16 too: such data can be widened in registers.
+    """
+    rates = {}
+    for name in dict.fromkeys((dtype, "float32")):
+        rates[f"PyTorch's {name} product"] = ceilings["matrix_flops_per_s_library"].get(name, 0.0)
+        rates[f"our packed {name} product"] = ceilings["matrix_flops_per_s_packed"].get(name, 0.0)
+    best = max(rates, key=rates.get)
+    return rates[best], best
+
+
+def add_floors(record: dict, ceilings: dict) -> None:
+    """Write the floor of each row beside its time, and what sets it."""
+    for row in record["rows"].values():
+        peak, whose = peak_of(ceilings, row["dtype"])
+        by_products, by_bytes = row["flops"] / peak, row["weight_bytes"] / ceilings["read_bytes_per_s"]
+        row["floor_s"] = max(by_products, by_bytes)
+        rate = f"{peak / 1e9:,.0f} GFLOP/s of {whose}"
+        reading = f"the read bandwidth, {ceilings['read_bytes_per_s'] / 1e9:.1f} GB/s"
+        row["floor_from"] = rate if by_products >= by_bytes else reading
+
+
+def judged(target: Target, record: dict) -> str:
+    """One line on a target: reached, or how far the row is from this machine's limit."""
+    wanted = f">= {target.ratio:g}x eager" + (f" or >= {target.share:.0%} of the peak" if target.share else "")
+    line = f"{target.name}, B = {target.batch}, {dtype_name(ROWS[target.row].dtype)}: target {wanted}; "
+    row = record["rows"].get(target.row)
+    if row is None or BASELINE not in record["rows"]:
+        return line + "not measured"
+    ratio, over = record["rows"][BASELINE]["seconds"] / row["seconds"], row["seconds"] / row["floor_s"]
+    line += f"measured {ratio:.2f}x, "
+    if ratio >= target.ratio or (target.share and 1 / over >= target.share):
+        line += "reached; "
+    else:
+        line += "missed; " if over > NEAR_LIMIT else "missed at this machine's limit; "
+    distance = "below" if over < 1 else f"within {over - 1:.0%} of" if over < 2 else f"{over:.1f} times"
+    return line + f"{distance} this machine's limit, {milliseconds(row['floor_s'])} ms from {row['floor_from']}"
+
+
+def judgements(records: list[dict]) -> list[str]:
+    by_batch = {record["batch"]: record for record in records}
+    return [judged(target, by_batch[target.batch]) for target in TARGETS if target.batch in by_batch]
+
+
+def table(record: dict) -> Table:
+    """One row a contender, in the order of ROWS."""
+    eager = record["rows"][BASELINE]["seconds"]
+    rows = []
+    for name, row in record["rows"].items():
+        rows.append(
+            [
+                f"{name}: {ROWS[name].about}",
+                row["dtype"],
+                milliseconds(row["seconds"]),
+                f"{eager / row['seconds']:.2f}",
+                count(row["flops"]),
+                f"{row['flops'] / row['seconds'] / 1e9:,.0f}",
+                milliseconds(row["floor_s"]),
+                f"{row['seconds'] / row['floor_s']:.2f}",
+                f"{row['error']:.1e}",
+            ]
+        )
+    for name in record["skipped"]:
+        rows.append([f"{name}: {ROWS[name].about}", dtype_name(ROWS[name].dtype), "not measured", *[MISSING] * 6])
+    columns = ["row", "type", "ms", "eager / row", "FLOPs", "GFLOP/s", "floor, ms", "row / floor", "error"]
+    said = [f"{name}: not measured: {reason}" for name, reason in record["skipped"].items()]
+    said += [f"{name}: not timed: {reason}" for name, reason in record["failed"].items()]
+    batch = record["batch"]
+    where = f"alone, beside other videos and at each of {batch} positions, " if batch > 1 else ""
+    said += [
+        f"{name}: a video's tokens are the same to the bit {where}with 1 and 2 threads."
+        for name, fault in record["positions"].items()
+        if not fault
+    ]
+    return Table(f"Encoder and Q-former, B = {batch}, {record['turns']} turns", columns, rows, said)
+
+
+def notes(ceilings: dict) -> list[str]:
+    groups = {"PyTorch's": "matrix_flops_per_s_library", "our packed": "matrix_flops_per_s_packed"}
+    peaks = "; ".join(
+        f"{whose} {name} {rate / 1e9:,.0f}" for whose, key in groups.items() for name, rate in ceilings[key].items()
+    )
+    return [
+        "The paper's sizes (N=16, K=4, d=300, W=179, N_q=32, D_v=D_t=512, d_out=2048); random weights, biases, norms "
+        "and gates; float32 features. Each row was held against the straight encoder in float64 first; error: the "
+        "largest of the tokens, relative to the largest token.",
+        "Least time of a call, all rows in turns, in inference mode. ONNX Runtime's session and the .pt2 are called "
+        "without our runner around them. A row much slower than eager has fewer turns.",
+        "FLOPs: matrix products that are executed, 2 a multiply-add; of compilers and engines those of their graph, "
+        "before they fold constants.",
+        "Floor: the larger of FLOPs / matrix peak and weights / read bandwidth, measured before and after the rows, "
+        f"the better counts: read {ceilings['read_bytes_per_s'] / 1e9:.1f} GB/s; products in GFLOP/s: {peaks}; the "
+        "highest of a type is its peak, and bfloat16's is at least float32's.",
+    ]
+
+
+def main(argv: list[str] | None = None, sizes: dict | None = None) -> int:
+    """`sizes`: options of `build_encoder` other than the paper's, for a trial."""
+    arguments = parse_arguments(argv)
+    torch.set_num_threads(arguments.threads)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    names = [n for n in arguments.rows if not (arguments.no_compile and n in ("torch.compile", "pt2"))]
+    dtypes = list(dict.fromkeys([F32, *(ROWS[name].dtype for name in names)]))
+    machine = describe("cpu", arguments.threads) | {"kernels_isa": dispatch.cpu_isa()}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Progress(console=console, transient=True) as progress,
+    ):
+        task = progress.add_task("ceilings", total=2 + len(arguments.batch))
+        machine["ceilings"] = ceilings_now(dtypes)
+        subject = Subject(PAPER if sizes is None else sizes, arguments.threads, Path(folder))
+        records = []
+        for batch in arguments.batch:
+            progress.advance(task)
+            say = functools.partial(progress.update, task, description=f"B={batch}")
+            records.append(
+                measure(batch, subject, names, arguments.seconds, lambda text, say=say: say(description=text))
+            )
+        progress.update(task, description="ceilings, once more", advance=1)
+        machine = better_of(machine, {"ceilings": ceilings_now(dtypes)})
+    for record in records:
+        add_floors(record, machine["ceilings"])
+    shown, said, reached = [table(record) for record in records], notes(machine["ceilings"]), judgements(records)
+    for each in shown:
+        console.print(each.rich())
+        for note in each.notes:
+            console.print(f"- {note}", markup=False, highlight=False)
+    for line in (*reached, *said):
+        console.print(f"- {line}", markup=False, highlight=False)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    head = [f"Date: {machine['date']}"]
+    head += [f"Device: {machine['device_name']}, {machine['threads']} threads, kernels: {machine['kernels_isa']}"]
+    head += ["Versions: " + ", ".join(f"{name} {version}" for name, version in machine["versions"].items()), *said]
+    page = ["# The encoder, measured", "", *(f"- {line}" for line in head), "", *(t.markdown() for t in shown)]
+    page += ["## Targets", "", *(f"- {line}" for line in reached), ""]
+    report = {"machine": machine, "records": records, "targets": reached}
+    (arguments.out / "encoder.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (arguments.out / "encoder.md").write_text("\n".join(page), encoding="utf-8")
+    console.print(f"Written: {arguments.out / 'encoder.json'}, {arguments.out / 'encoder.md'}", highlight=False)
+    return 1 if any(record["failed"] for record in records) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
