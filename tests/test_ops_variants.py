@@ -17,12 +17,14 @@ from evc_fast.ops import dispatch
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parent / "csrc"
 QUICK = "test_values_and_gradients or test_every_output_element_is_written"
+PACKED = "test_every_option_and_size or test_widths or test_values"  # of the folded encoder, and of packed products
 
 
-def run_op_tests(environment: dict[str, str], select: str) -> subprocess.CompletedProcess:
+def run_op_tests(environment: dict[str, str], select: str, *files: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-P", "-m", "pytest", "-q", "-x", "--import-mode=importlib", "-p", "no:cacheprovider"]
+    paths = [str(HERE / name) for name in files or ("test_ops.py",)]
     return subprocess.run(
-        [*command, "-k", select, str(HERE / "test_ops.py")],
+        [*command, "-k", select, *paths],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -57,14 +59,36 @@ def test_a_variant_that_cannot_run_is_refused():
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 def test_logic_of_64_byte_vectors_on_any_machine(tmp_path):
-    """The AVX-512 code paths (vector length, tiles, tails), lowered by the compiler to what this machine has."""
+    """The AVX-512 code paths (vector length, tiles, tails, pairs of bfloat16), lowered to what this machine has."""
     package = tmp_path / "evc_fast"
     shutil.copytree(Path(evc_fast.__file__).parent, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    include = Path(torch.__file__).parent / "include"
-    common = ["c++", "-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-w"]
-    common += ["-march=native", "-DEVC_VECTOR_BYTES=64", "-DEVC_TILE_ROWS=12", "-DEVC_ISA=default", "-I", str(include)]
-    common += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    home = Path(torch.__file__).parent
+    common = ["c++", "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-w"]
+    common += [
+        "-march=native",
+        "-DEVC_VECTOR_BYTES=64",
+        "-DEVC_TILE_ROWS=12",
+        "-DEVC_BF16_PAIRS=1",
+        "-DEVC_ISA=default",
+    ]
+    common += ["-Wno-psabi", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-I", str(home / "include")]
     sources = [str(p) for p in (*SOURCES.glob("*.cpp"), *SOURCES.glob("cpu/*.cpp"))]
-    subprocess.run([*common, "-shared", *sources, "-o", str(package / "_C.abi3.so")], check=True)
-    result = run_op_tests({"PYTHONPATH": str(tmp_path)}, QUICK)
-    assert result.returncode == 0, result.stdout + result.stderr
+    link = [f"-L{home / 'lib'}", "-ltorch_cpu", "-o", str(package / "_C.abi3.so")]
+    subprocess.run([*common, "-shared", *sources, *link], check=True)
+    environment = {"PYTHONPATH": str(tmp_path)}
+    found = subprocess.run(
+        [
+            sys.executable,
+            "-P",
+            "-c",
+            "from evc_fast.ops import dispatch as d; print(d.__file__, d.cpu_isas_supported())",
+        ],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.split() == [str(package / "ops" / "dispatch.py"), "['default']"]  # the library of this test
+    for select, files in ((QUICK, ["test_ops.py"]), (PACKED, ["test_folded.py", "test_packed_linear.py"])):
+        result = run_op_tests(environment, select, *files)
+        assert result.returncode == 0, result.stdout + result.stderr
