@@ -66,6 +66,8 @@ class ExportOptions:
             raise ExportError(
                 f"usual_batch must be from 1 to max_batch, got {self.usual_batch} and max_batch {self.max_batch}"
             )
+        if self.timing_cache is not None and not self.timing_cache.parent.is_dir():
+            raise ExportError(f"timing_cache must be a file in a folder that exists, got {self.timing_cache}")
         if self.max_frames is not None and self.max_frames < 1:
             raise ExportError(f"max_frames must be at least 1, got {self.max_frames}")
 
@@ -91,10 +93,10 @@ def export(
     """
     if folder is None and image_tower is None:
         raise ExportError("nothing to export: name an encoder's folder, an image tower, or both")
-    run = _Export(options, progress)
-    run.prepare()
+    targets, left_out = _possible(options, progress)
     with _staged(Path(out), options.overwrite) as staging:
-        run.start(staging, Path(out))
+        run = _Export(options, targets, left_out, staging, progress)
+        run.read_timing(options.timing_cache, Path(out) / TIMING_CACHE)
         if folder is not None:
             run.encoder(Path(folder))
         if image_tower is not None:
@@ -103,45 +105,61 @@ def export(
     return made
 
 
-class _Export:
-    """One run: what it collects for the manifest, and where it writes."""
+def _possible(options: ExportOptions, progress: Callable[[str], None]) -> tuple[tuple[str, ...], list[dict[str, str]]]:
+    """The targets that can be made here, and those that are left out; before anything is loaded or written."""
 
-    def __init__(self, options: ExportOptions, progress: Callable[[str], None]) -> None:
+    def require_onnx() -> None:
+        for name in ("onnx", "onnxscript", "onnxruntime"):
+            require(name)
+
+    needs: dict[str, tuple[Callable[[], Any], ...]] = {
+        "onnx": (require_onnx,),
+        "pt2": (lambda: aoti.require_compiler(options.device),),
+        "tensorrt": (tensorrt.tensorrt, require_onnx),
+    }
+    targets, left_out = [], []
+    for target in options.targets:
+        try:
+            for need in needs[target]:
+                need()
+        except ExportError as error:
+            if target not in options.optional:
+                raise
+            left_out.append({"target": target, "reason": str(error)})
+            progress(f"{target} is left out: {error}")
+        else:
+            targets.append(target)
+    if not targets:
+        raise ExportError(f"nothing can be exported here: {left_out[0]['reason']}")
+    return tuple(targets), left_out
+
+
+class _Export:
+    """One run: what it collects for the manifest, and the folder that it writes into."""
+
+    def __init__(
+        self,
+        options: ExportOptions,
+        targets: tuple[str, ...],
+        left_out: list[dict[str, str]],
+        folder: Path,
+        progress: Callable[[str], None],
+    ) -> None:
         self.options = options
+        self.targets = targets
+        self.left_out = left_out
+        self.folder = folder
         self.progress = progress
-        self.targets = options.targets
-        self.left_out: list[dict[str, str]] = []
         self.artefacts: list[dict[str, Any]] = []
         self.files: list[str] = []
         self.models: dict[str, Any] = {}
         self.timing = b""
 
-    def prepare(self) -> None:
-        """Find out what can be made here, before anything is loaded or written."""
-        needs: dict[str, Callable[[], Any]] = {
-            "onnx": lambda: [require(name) for name in ("onnx", "onnxscript", "onnxruntime")],
-            "pt2": lambda: aoti.require_compiler(self.options.device),
-            "tensorrt": lambda: [tensorrt.tensorrt(), *map(require, ("onnx", "onnxscript", "onnxruntime"))],
-        }
-        for target in self.options.targets:
-            try:
-                needs[target]()
-            except ExportError as error:
-                if target not in self.options.optional:
-                    raise
-                self.left_out.append({"target": target, "reason": str(error)})
-                self.progress(f"{target} is left out: {error}")
-        missing = {each["target"] for each in self.left_out}
-        self.targets = tuple(target for target in self.options.targets if target not in missing)
-        if not self.targets:
-            raise ExportError(f"nothing can be exported here: {self.left_out[0]['reason']}")
-
-    def start(self, staging: Path, out: Path) -> None:
-        self.folder = staging
-        for cache in (self.options.timing_cache, out / TIMING_CACHE):
-            if "tensorrt" in self.targets and cache is not None and cache.is_file():
-                self.timing = cache.read_bytes()
-                break
+    def read_timing(self, *files: Path | None) -> None:
+        """Start from the first of these timing caches that exists."""
+        found = [file for file in files if file is not None and file.is_file()]
+        if "tensorrt" in self.targets and found:
+            self.timing = found[0].read_bytes()
 
     def encoder(self, folder: Path) -> None:
         try:
