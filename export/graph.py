@@ -127,7 +127,8 @@ def encoder_graph(encoder: FaceNetEncoder, variant: str, dtype: torch.dtype) -> 
     config = encoder.config
     straight = copy.deepcopy(encoder).float().eval().requires_grad_(False)
     folded = variant == "folded"
-    module = straight.fold(num_frames=config.num_frames) if folded else straight
+    # A copy of a fold no longer watches the encoder that it was made from, which no graph could hold.
+    module = copy.deepcopy(straight.fold(num_frames=config.num_frames)) if folded else straight
     frames: int | str = config.num_frames if folded else "frames"
     inputs = [TensorSpec("video", dtype, ("batch", frames, config.video_dim))]
     if config.retrieval:
