@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 
-from _stages import PREFIX, STEP
+from _stages import ENCODER, PREFIX, STEP, TOWER
 from torch import Tensor, nn
 
 from evc_fast.model.captioner import FaceNet
@@ -28,28 +28,29 @@ def weights(*modules: nn.Module) -> int:
     return nbytes(*(weight for module in modules for weight in module.parameters()))
 
 
-def caption_bytes(pipeline: CaptionPipeline, source: str | None, num_beams: int, new_tokens: int) -> dict[str, int]:
-    """Bytes of each stage of one caption, all runs of the stage together. `source` None: no video file is read."""
+def caption_bytes(
+    pipeline: CaptionPipeline, source: str | None, num_beams: int, new_tokens: int, *, folded: bool
+) -> dict[str, int]:
+    """Bytes of each stage of one caption, all runs of the stage together.
+
+    `source` None: no video file is read. `folded`: the encoder runs on its folded weights.
+    """
     model, config = pipeline.model, pipeline.model.encoder.config
     frames = pipeline.read(source).frames
     features = pipeline.encode_frames([frames])
     found = pipeline.retrieve(features)
     tokens = pipeline.encode(features, found).tokens
-    item = features.element_size()
 
     moved = {}
     if source is not None:
         moved["video decode"] = os.path.getsize(source) + nbytes(frames)
-    moved["image tower"] = _image_tower(pipeline) + nbytes(frames, features)
+    moved[TOWER] = _image_tower(pipeline) + nbytes(frames, features)
     # The index holds float32; the triplets' features are gathered: read and written.
     index = len(pipeline.repository) * config.text_dim * 4
     moved["retrieval"] = index + nbytes(features, found.similarity) + 2 * nbytes(found.triplets)
-    memory = 3 * config.num_frames * config.dim * item  # [M ; V], which passes from encoder to Q-former
-    qformer = weights(model.encoder.qformer)
-    dictionary = nbytes(*model.encoder.buffers())
+    encoder = model.encoder.fold() if folded else model.encoder
     inputs = nbytes(features, found.triplets, found.similarity)
-    moved["encoder"] = weights(model.encoder) - qformer + dictionary + inputs + memory
-    moved["Q-former"] = qformer + memory + nbytes(tokens)
+    moved[ENCODER] = weights(encoder) + nbytes(*encoder.buffers()) + inputs + nbytes(tokens)
     prefix = tokens.shape[1] + len(getattr(model.decoder, "prompt_ids", ()))
     return moved | _decoder(model, prefix, num_beams, new_tokens)
 

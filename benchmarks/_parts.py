@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import torch
 from _machine import available_memory, missing_package
-from _stages import STEP, ProbedPipeline
+from _stages import ENCODER, STEP, TOWER, ProbedPipeline
 
 from evc_fast.pipeline import REPOSITORY_SIZE, random_model, random_repository
 
@@ -53,6 +53,11 @@ class RowSpec:
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
 
+    @property
+    def engine(self) -> str | None:
+        """Of the image tower: transformers' own path beside the reference ops, else what is fastest here."""
+        return "library" if self.impl == "reference" else None
+
 
 @dataclasses.dataclass
 class Captioner:
@@ -62,6 +67,7 @@ class Captioner:
     parameters: dict[str, int]
     not_measured: dict[str, str]
     """Stages whose part is not installed, and what they need."""
+    tower_dtype: torch.dtype
     trained: tuple[str, ...]
     """Stages of the paper's accounting: modules that are trained, without CLIP and LLM."""
 
@@ -102,12 +108,14 @@ def check_row(spec: RowSpec) -> None:
 def build(spec: RowSpec) -> Captioner:
     """All parts, with stand-ins for what is not installed; an LLM's adapter is counted, then merged."""
     not_measured = {}
+    tower_dtype = torch.float32
     if missing_package("transformers") is None:
         from evc_fast.data.clip import ClipTowers
 
-        towers = ClipTowers.random("tiny" if spec.quick else "ViT-B/32", device=spec.device)
+        towers = ClipTowers.random("tiny" if spec.quick else "ViT-B/32", device=spec.device, engine=spec.engine)
+        tower_dtype = towers.dtype if towers.image_tower is None else towers.image_tower.dtype
     else:
-        not_measured["image tower"] = "needs transformers"
+        not_measured[TOWER] = "needs transformers"
         towers = StandInTowers(spec)
     if missing_package("faiss") is None:
         repository = random_repository(towers, TINY_REPOSITORY if spec.quick else REPOSITORY_SIZE)
@@ -140,7 +148,8 @@ def build(spec: RowSpec) -> Captioner:
         pipeline=pipeline_class(towers, repository, model, impl=spec.impl),
         parameters=parameters,
         not_measured=not_measured,
-        trained=("encoder", "Q-former") if spec.decoder in LLMS else ("encoder", "Q-former", STEP),
+        tower_dtype=tower_dtype,
+        trained=(ENCODER,) if spec.decoder in LLMS else (ENCODER, STEP),
     )
 
 

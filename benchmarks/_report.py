@@ -176,14 +176,16 @@ def _efficiency_notes(report: dict, here: str) -> list[str]:
         f"Published rows: the paper's Table 6, measured by its authors on one {GPU} with trained weights. They are not "
         f"comparable with a time on {here}.",
         "Trained modules: the paper's accounting, without CLIP and LLM (a merged LoRA adapter costs nothing). Its own "
-        "unit is not stated; EPAN's and DCGN's figures follow from their code with a multiply-add counted once.",
+        "unit is not stated; EPAN's and DCGN's figures follow from their code with a multiply-add counted once. The "
+        "reference rows have them as the paper prints them; ours as they run, which on a CPU is folded.",
         "Whole caption: image tower, encoder, Q-former, decoder with all beams and steps, by PyTorch's FlopCounterMode "
         "(matrix products as they are executed, 2 FLOPs a multiply-add).",
         "Time: video file in, text out, 5 beams, exactly 15 new tokens. All parameters: CLIP (both towers), encoder, "
         "decoder. Trainable: the encoder, and the small decoder or the LLM's LoRA adapter, before it is merged.",
         "Memory: largest resident set of the row's own process up to the last of the single captions, loading included"
         + (", and the largest reservation on the GPU." if on_gpu else "."),
-        "An LLM's search is the generate of transformers in both of its rows; the rows differ in the fused ops alone.",
+        "The two rows of a decoder differ in the image tower and in the encoder with its Q-former. An LLM's search is "
+        "the generate of transformers in both.",
         "Rows run one after another in processes of their own with the same threads, so a change of the machine's load "
         "between them falls on one alone.",
     ]
@@ -192,10 +194,12 @@ def _efficiency_notes(report: dict, here: str) -> list[str]:
             notes.append(f"{row['method']}, {row['decoder']}: {STATUS_WORDS[row['status']]}: {row['reason']}")
     for row in measured:
         served = ", ".join(f"{op} by {name}" for op, name in row["served_by"].items())
+        cosine = row["check"].get("features_cosine")
+        tower = "" if cosine is None else f"; image features with cosine 1 - {max(1 - cosine, 0):.0e} to transformers'"
         notes.append(
             f"{row['method']}, {row['decoder']}: {row['time']['captions']} captions timed, the fastest in "
-            f"{milliseconds(row['time']['min_s'])} ms; {served}; encoder with our "
-            f"ops against reference {row['check']['encoder_error']:.1e} relative before timing."
+            f"{milliseconds(row['time']['min_s'])} ms; {served}; our encoder against the straight one with reference "
+            f"ops {row['check']['encoder_error']:.1e} relative before timing{tower}."
         )
         if row["time"]["p95_s"] > 1.5 * row["time"]["min_s"]:
             notes.append(
@@ -221,8 +225,9 @@ def _same_ids(measured: list[dict]) -> list[str]:
             check = rows[0]["check"]
             notes.append(
                 f"{decoder}: the rows wrote different tokens. In the decoder's dtype {check['rounded_differently']:,} "
-                f"of {check['elements']:,} elements of the encoder's tokens differ between the ops, and random weights "
-                "leave near-ties between beams that so little decides."
+                f"of {check['elements']:,} elements of the encoder's tokens differ between the encoders on the same "
+                "features, more with those of two image towers, and random weights leave near-ties between beams that "
+                "so little decides."
             )
     return notes
 
@@ -297,9 +302,15 @@ def header(report: dict) -> list[str]:
         f"Device: {machine['device']} ({machine['device_name']}), {machine['cores']} cores, {machine['threads']} "
         f"threads, {memory} memory, {machine['system']}",
         f"Instruction set: {machine['isa']} (PyTorch), {machine['kernels_isa']} (evc_fast)",
-        f"LLM dtype: {report['arguments']['dtype']}; image tower, encoder and small decoders: float32",
+        f"LLM dtype: {report['arguments']['dtype']}; encoder and small decoders: float32; image tower: "
+        + (", ".join(_tower_dtypes(report)) or MISSING),
         f"Versions: {versions}",
     ]
+
+
+def _tower_dtypes(report: dict) -> list[str]:
+    stages = [stage for row in report["rows"] for stage in row.get("stages", ()) if stage["stage"] == "image tower"]
+    return list(dict.fromkeys(stage["dtype"] for stage in stages if "dtype" in stage))
 
 
 def tables(report: dict) -> list[Table]:

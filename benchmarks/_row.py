@@ -5,6 +5,7 @@ The process prints its progress as lines ``@progress {"phase": ..., "fraction": 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -17,8 +18,9 @@ import torch
 from _bytes import caption_bytes
 from _machine import describe, dtype_name, measure_ceilings, peak_resident_bytes
 from _parts import LLMS, NEW_TOKENS, NUM_BEAMS, Captioner, NotMeasured, RowSpec, build, check_row
-from _stages import PREFIX, STAGES, STEP, clock, flop_counter
+from _stages import PREFIX, STAGES, STEP, TOWER, clock, flop_counter
 
+from evc_fast.data.image_tower import fastest_dtype
 from evc_fast.ops.dispatch import OPS, cpu_isa, implementations
 
 PROGRESS = "@progress "
@@ -46,13 +48,14 @@ def run_row(spec: RowSpec, progress: Progress) -> dict:
     row["build_seconds"] = time.perf_counter() - begin
     row["parameters"] = captioner.parameters
     row["stand_ins"] = captioner.not_measured
-    row["served_by"] = served_by(spec)
 
     with torch.inference_mode():
         progress("checking", 0.15)
-        row["check"] = check_encoder(captioner, spec)
+        row["check"], row["features"] = check_encoder(captioner, spec)
+        folded = row["check"]["folded"]
+        row["served_by"] = served_by(spec, folded)
         progress("counting FLOPs", 0.2)
-        counted, ids = count_flops(captioner, spec)
+        counted, ids = count_flops(captioner, spec, folded)
         row["ids"] = ids
         row["flops"] = accounting(counted, captioner.trained)
         captions, stages, steps = time_captions(captioner, spec, lambda done: progress("timing", 0.35 + 0.35 * done))
@@ -61,15 +64,17 @@ def run_row(spec: RowSpec, progress: Progress) -> dict:
         row["memory"] = peak_memory(spec)
         progress("batch", 0.7)
         row["throughput"] = time_batch(captioner, spec, row["time"]["median_s"])
-        moved = caption_bytes(captioner.pipeline, spec.video, NUM_BEAMS, NEW_TOKENS)
+        moved = caption_bytes(captioner.pipeline, spec.video, NUM_BEAMS, NEW_TOKENS, folded=folded)
     row["stages"] = stage_records(captioner, spec, stages, counted, moved)
     row["step_seconds"] = steps
     progress("done", 1.0)
     return row | {"status": "measured"}
 
 
-def served_by(spec: RowSpec) -> dict[str, str]:
-    """Which implementation of each op a row runs."""
+def served_by(spec: RowSpec, folded: bool) -> dict[str, str]:
+    """Which implementation of each op a row runs; one op does all of the encoder where it is folded."""
+    if folded:
+        return {"folded_encoder": "cpp"}
     kind = torch.device(spec.device).type
     return {
         op: spec.impl
@@ -78,8 +83,12 @@ def served_by(spec: RowSpec) -> dict[str, str]:
     }
 
 
-def check_encoder(captioner: Captioner, spec: RowSpec) -> dict:
-    """The encoder with the ops chosen for speed against the encoder with the reference ops, on this row's own input."""
+def check_encoder(captioner: Captioner, spec: RowSpec) -> tuple[dict, list[list[float]]]:
+    """The encoder as it is chosen for speed against the straight one with reference ops, on this row's own input.
+
+    Returns what was found, and the image features of the frames [N][D_v]. "folded": whether this row's encoder runs on
+    its fold, told by tokens that are those of an explicit fold to the bit.
+    """
     pipeline = captioner.pipeline
     frames = pipeline.read(spec.video).frames
     features = pipeline.encode_frames([frames])
@@ -88,6 +97,8 @@ def check_encoder(captioner: Captioner, spec: RowSpec) -> dict:
     for impl in ("reference", None):
         pipeline.impl = impl
         tokens[impl] = pipeline.encode(features, found).tokens.double()
+    with pipeline.folded():
+        explicit = pipeline.encode(features, found).tokens.double()
     pipeline.impl = spec.impl
     reference = tokens["reference"]
     if not bool(reference.isfinite().all()):
@@ -98,12 +109,14 @@ def check_encoder(captioner: Captioner, spec: RowSpec) -> dict:
         raise CheckFailed(f"our ops change the tokens by {error:.2e} of the largest, allowed are {tolerance:.0e}")
     dtype = pipeline.model.decoder.dtype
     differ = tokens[None].to(dtype) != reference.to(dtype)
-    return {
+    check = {
         "encoder_error": error,
         "tolerance": tolerance,
+        "folded": spec.impl is None and torch.equal(explicit, tokens[None]),
         "rounded_differently": int(differ.sum()),
         "elements": differ.numel(),
     }
+    return check, features[0].tolist()
 
 
 def check_ids(ids: torch.Tensor, captioner: Captioner) -> None:
@@ -121,10 +134,11 @@ def caption(captioner: Captioner, spec: RowSpec) -> list[int]:
     return ids.tolist()
 
 
-def count_flops(captioner: Captioner, spec: RowSpec) -> tuple[dict[str, int], list[int]]:
+def count_flops(captioner: Captioner, spec: RowSpec, folded: bool) -> tuple[dict[str, int], list[int]]:
     """FLOPs (2 a multiply-add) of each stage of one caption, and its ids; this caption warms up too."""
     counter = flop_counter()
-    with counter, captioner.pipeline.attached(counter.get_total_flops) as probe:
+    folding = captioner.pipeline.folded() if folded else contextlib.nullcontext()
+    with folding, counter, captioner.pipeline.attached(counter.get_total_flops) as probe:
         ids = caption(captioner, spec)
     counted = {stage: int(sum(gains)) for stage, gains in probe.gained.items()}
     counted["whole caption"] = counter.get_total_flops()
@@ -217,6 +231,7 @@ def stage_records(
     measured = [stage for stage in STAGES if stage in seconds and stage not in captioner.not_measured]
     medians = {stage: statistics(seconds[stage])["median_s"] for stage in measured}
     total = sum(medians.values())
+    towers = dtype_name(captioner.tower_dtype)
     records = []
     for stage in STAGES:
         if stage in captioner.not_measured:
@@ -235,7 +250,7 @@ def stage_records(
                     "share": medians[stage] / total,
                     "flops": counted.get(stage, 0),
                     "bytes": moved.get(stage),
-                    "dtype": spec.dtype if llm else "float32",
+                    "dtype": spec.dtype if llm else towers if stage == TOWER else "float32",
                 }
             )
     return records
@@ -247,7 +262,10 @@ def machine_record(device: str, dtype: str, threads: int, quick: bool) -> dict:
         return {"status": "skipped", "reason": f"no device {device}: this PyTorch sees no GPU"}
     record = describe(device, threads)
     record["kernels_isa"] = cpu_isa()
-    dtypes = [torch.float32] + [getattr(torch, dtype)] * (dtype != "float32")
+    dtypes = [torch.float32, getattr(torch, dtype)]
+    if device == "cpu":
+        dtypes.append(fastest_dtype())  # of the image tower
+    dtypes = list(dict.fromkeys(dtypes))
     return record | {"ceilings": measure_ceilings(device, dtypes, quick=quick)}
 
 

@@ -1,8 +1,9 @@
 """One caption taken apart: the time, the FLOPs and the bytes of each stage.
 
-The stages' borders are the methods of :class:`evc_fast.pipeline.CaptionPipeline` and, inside two of them, forward
-hooks: the encoder ends where its Q-former begins, and the decoder is split into what reads the prefix (a T5 encoder,
-the first pass of an OPT) and its steps. At each border a gauge is read: the clock, or a counter of FLOPs.
+The stages' borders are the methods of :class:`evc_fast.pipeline.CaptionPipeline` and, inside `generate`, forward hooks:
+the decoder is split into what reads the prefix (a T5 encoder, the first pass of an OPT) and its steps. The encoder and
+its Q-former are one stage, because folded they are one call. At each border a gauge is read: the clock, or a counter of
+FLOPs.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from evc_fast.model.captioner import FaceNet
 from evc_fast.pipeline import CaptionPipeline
 
+TOWER = "image tower"
+ENCODER = "encoder + Q-former"
 PREFIX = "LLM encoder"
 STEP = "decode step"
-STAGES = ("video decode", "image tower", "retrieval", "encoder", "Q-former", PREFIX, STEP)
+STAGES = ("video decode", TOWER, "retrieval", ENCODER, PREFIX, STEP)
 
 Gauge = Callable[[], float]
 
@@ -58,28 +61,28 @@ class ProbedPipeline(CaptionPipeline):
         finally:
             self.probe = None
 
+    @contextmanager
+    def folded(self) -> Iterator[None]:
+        """Inside the `with` an explicit fold runs in the encoder's place: under a counter the encoder makes none."""
+        encoder = self.model.encoder
+        encoder.forward = encoder.fold().forward
+        try:
+            yield
+        finally:
+            del encoder.forward
+
     def read(self, source):
         return self._probed("video decode", super().read, source)
 
     def encode_frames(self, frames, *, temporal_kernel=1):
         run = partial(super().encode_frames, temporal_kernel=temporal_kernel)
-        return self._probed("image tower", run, frames)
+        return self._probed(TOWER, run, frames)
 
     def retrieve(self, features, video_ids=None):
         return self._probed("retrieval", super().retrieve, features, video_ids)
 
     def encode(self, features, retrieved, *, explain=False):
-        if self.probe is None:
-            return super().encode(features, retrieved, explain=explain)
-        qformer_border = _Border(self.model.encoder.qformer, self.probe.gauge)
-        start = self.probe.gauge()
-        with qformer_border:
-            encoded = super().encode(features, retrieved, explain=explain)
-        end = self.probe.gauge()
-        begun, done = qformer_border.begun[0], qformer_border.done[0]
-        self.probe.add("encoder", (begun - start) + (end - done))
-        self.probe.add("Q-former", done - begun)
-        return encoded
+        return self._probed(ENCODER, partial(super().encode, explain=explain), features, retrieved)
 
     def generate(self, tokens, **options):
         if self.probe is None:

@@ -4,9 +4,9 @@
     python benchmarks/efficiency.py --quick                tiny shapes, under a minute
     python benchmarks/efficiency.py --decoder all --device cuda
 
-Rows: the paper's five, as published; then FACE-net with the reference ops, as a user would write it, and FACE-net with
-the ops of evc_fast, once a decoder. Each measured row runs in a process of its own. Weights are random in the true
-shape. Exit code: 0, or 1 where a row failed (rows that cannot run here are skipped and say why).
+Rows: the paper's five, as published; then FACE-net as a user would write it, with the reference ops and transformers'
+image tower, and FACE-net as evc_fast runs it, once a decoder. Each measured row runs in a process of its own. Weights
+are random in the true shape. Exit code: 0, or 1 where a row failed (rows that cannot run here are skipped and say why).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import datetime
 import importlib.util
 import json
+import math
 import os
 import signal
 import subprocess
@@ -32,6 +33,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 DECODERS = ("flan-t5-xl", "opt-2.7b", "lstm", "transformer")
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 PROGRESS = "@progress "
+COSINE = 0.999  # of every frame's image features, ours with transformers'
 DEFAULT_OUT = Path(__file__).resolve().parent / "results" / "local"
 
 
@@ -142,9 +144,10 @@ def row_specs(arguments: argparse.Namespace, video: Path | None) -> list[dict]:
     }
     rows = []
     for decoder in arguments.decoders:
-        search = "transformers generate" if decoder in ("flan-t5-xl", "opt-2.7b") else "own beam search"
-        rows.append({"method": f"FACE-net, reference ops, {search}", "decoder": decoder, "impl": "reference", **common})
-        rows.append({"method": "FACE-net, ours (evc_fast ops)", "decoder": decoder, "impl": None, **common})
+        rest = " and generate" if decoder in ("flan-t5-xl", "opt-2.7b") else ", own beam search"
+        reference = f"FACE-net, reference ops, transformers' image tower{rest}"
+        rows.append({"method": reference, "decoder": decoder, "impl": "reference", **common})
+        rows.append({"method": "FACE-net, ours", "decoder": decoder, "impl": None, **common})
     return rows
 
 
@@ -201,6 +204,34 @@ def crash_reason(code: int, said: str) -> str:
     return f"the row's process ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}; {last}"
 
 
+def compare_towers(records: list[dict]) -> None:
+    """Hold the image features of each decoder's rows against each other, in place.
+
+    Features leave the records; ours get the least cosine of a frame, and fail where it is below COSINE.
+    """
+    features = [record.pop("features", None) for record in records]
+    of_reference = {
+        record["decoder"]: values
+        for record, values in zip(records, features, strict=True)
+        if values is not None and record["spec"]["impl"] == "reference"
+    }
+    for record, values in zip(records, features, strict=True):
+        if values is None or record["spec"]["impl"] == "reference" or record["decoder"] not in of_reference:
+            continue
+        pairs = zip(values, of_reference[record["decoder"]], strict=True)
+        cosine = min(cosine_of(one, other) for one, other in pairs)
+        record["check"]["features_cosine"] = cosine
+        if not cosine >= COSINE:
+            reason = f"its image features have cosine {cosine:.6f} with transformers', allowed is {COSINE}"
+            record |= {"status": "failed", "reason": reason}
+
+
+def cosine_of(one: list[float], other: list[float]) -> float:
+    """Of two vectors."""
+    product = sum(a * b for a, b in zip(one, other, strict=True))
+    return product / (math.hypot(*one) * math.hypot(*other))
+
+
 def better_of(first: dict, second: dict) -> dict:
     """The machine as measured before and after the rows, with the higher of its ceilings: load can only hide them."""
     if "ceilings" not in first or "ceilings" not in second:
@@ -249,6 +280,8 @@ def measure(arguments: argparse.Namespace, console: Console) -> tuple[dict, bool
         for spec in rows:
             record = run({"row": spec}, f"{spec['decoder']}, {'reference' if spec['impl'] else 'ours'}")
             records.append({"method": spec["method"], "decoder": spec["decoder"], "spec": spec} | record)
+        compare_towers(records)
+        good = good and not any(record["status"] == "failed" for record in records)
         machine = better_of(machine, run({"machine": settings}, "machine, once more"))
     report = {
         "kind": "evc_fast efficiency",

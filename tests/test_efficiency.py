@@ -86,6 +86,10 @@ def test_a_quick_run_measures_both_rows(quick_run):
         assert row["check"]["encoder_error"] <= row["check"]["tolerance"]
         assert row["stand_ins"] == {}
     assert set(rows[0]["served_by"].values()) == {"reference"}
+    assert rows[1]["served_by"] == {"folded_encoder": "cpp"}
+    assert "features_cosine" not in rows[0]["check"]
+    assert rows[1]["check"]["features_cosine"] > 0.999
+    assert not any("features" in row for row in rows)
 
 
 def test_a_quick_run_takes_the_caption_apart(quick_run):
@@ -93,26 +97,31 @@ def test_a_quick_run_takes_the_caption_apart(quick_run):
         stages = row["stages"]
         assert [stage["stage"] for stage in stages] == list(_stages.STAGES)
         assert sum(stage["share"] for stage in stages) == pytest.approx(1)
-        assert [stage["runs"] for stage in stages] == [1, 1, 1, 1, 1, 1, 15]
+        assert [stage["runs"] for stage in stages] == [1, 1, 1, 1, 1, 15]
         for stage in stages:
             assert stage["bytes"] > 0
             assert stage["floor_seconds"] > 0
             assert stage["floor_from"] in ("bytes", "FLOPs")
         counted = {stage["stage"]: stage["flops"] for stage in stages}
         assert counted["video decode"] == counted["retrieval"] == 0
-        assert row["flops"]["trained_modules"]["flops"] == counted["encoder"] + counted["Q-former"]
+        assert row["flops"]["trained_modules"]["flops"] == counted[_stages.ENCODER]
         assert row["flops"]["whole_caption"]["flops"] == sum(counted.values())
         for accounted in row["flops"].values():
             assert accounted["flops"] == 2 * accounted["multiply_adds"]
         assert [len(steps) for steps in row["step_seconds"]] == [15, 15, 15]
 
 
-def test_both_rows_do_the_same_work(quick_run):
+def test_both_rows_do_the_same_work_but_for_tower_and_encoder(quick_run):
     reference, ours = quick_run.report["rows"]
-    assert reference["flops"] == ours["flops"]
     assert reference["parameters"] == ours["parameters"]
     assert reference["ids"] == ours["ids"]
-    assert [stage["bytes"] for stage in reference["stages"]] == [stage["bytes"] for stage in ours["stages"]]
+    for one, other in zip(reference["stages"], ours["stages"], strict=True):
+        if one["stage"] in (_stages.TOWER, _stages.ENCODER):
+            assert other["flops"] < one["flops"]
+        else:
+            assert (other["flops"], other["bytes"]) == (one["flops"], one["bytes"])
+    straight, folded = (row["flops"]["trained_modules"]["flops"] for row in (reference, ours))
+    assert folded < 0.7 * straight
 
 
 def test_a_quick_run_counts_parameters(quick_run):
@@ -157,7 +166,7 @@ def test_every_decoder_has_its_row(decoder, clip):
     assert stages[_stages.STEP]["runs"] == (14 if decoder == "opt-2.7b" else 15)
     assert len(row["step_seconds"][0]) == stages[_stages.STEP]["runs"]
     assert sum(stage["share"] for stage in stages.values()) == pytest.approx(1)
-    trained = sum(stages[name]["flops"] for name in ("encoder", "Q-former"))
+    trained = stages[_stages.ENCODER]["flops"]
     if decoder != "opt-2.7b":
         trained += stages[_stages.STEP]["flops"]  # a small decoder is trained whole
     assert row["flops"]["trained_modules"]["flops"] == trained
@@ -188,15 +197,24 @@ def test_captions_are_timed_as_the_budget_allows(monkeypatch, seconds, budget, c
     assert len(_row.time_captions(captioner, dataclasses.replace(spec, repeats=4), fractions.append)[0]) == 4
 
 
-def test_the_counter_sees_the_same_in_fused_and_reference_ops():
+def test_the_counter_sees_the_straight_encoder_and_inside_folded_its_fold():
     encoder = FaceNetEncoder(FaceNetConfig()).eval().requires_grad_(False)
-    counts = {}
-    for impl in ("reference", None):
+    inputs = torch.randn(1, 16, 512), torch.randn(1, 4, 3, 512), torch.rand(1, 4)
+    pipeline = SimpleNamespace(model=SimpleNamespace(encoder=encoder))
+
+    def counted(impl):
         with _stages.flop_counter() as counter:
-            encoder(torch.randn(1, 16, 512), torch.randn(1, 4, 3, 512), torch.rand(1, 4), impl=impl)
-        counts[impl] = counter.get_total_flops()
-    assert counts["reference"] == counts[None]
-    assert 0.35e9 < counts[None] < 0.45e9  # about 0.4 GFLOP, straight
+            tokens = encoder(*inputs, impl=impl).tokens
+        return counter.get_total_flops(), tokens
+
+    straight, wanted = counted("reference")
+    with _stages.ProbedPipeline.folded(pipeline):
+        fused, found = counted(None)
+        plain, _ = counted("reference")
+    assert 0.35e9 < straight < 0.45e9
+    assert fused == plain < 0.5 * straight  # the fused op's formula, and its products one by one
+    assert torch.allclose(found, wanted, atol=1e-4)
+    assert counted("reference")[0] == straight
 
 
 def test_attention_on_a_cpu_is_counted():
@@ -268,7 +286,7 @@ def test_stages_whose_part_is_missing_are_named_and_the_rest_is_measured(monkeyp
     for name, needs in row["stand_ins"].items():
         assert stages[name] == {"stage": name, "not_measured": needs}
     measured = [stage for stage in stages.values() if "seconds" in stage]
-    assert [stage["stage"] for stage in measured] == ["encoder", "Q-former", "decode step"]
+    assert [stage["stage"] for stage in measured] == ["encoder + Q-former", "decode step"]
     assert sum(stage["share"] for stage in measured) == pytest.approx(1)
 
 
@@ -318,6 +336,20 @@ def test_the_better_measurement_of_the_machine_counts():
     assert efficiency.better_of(failed, failed) == failed
 
 
+def test_image_features_are_held_against_those_of_transformers():
+    def record(decoder, impl, features):
+        return {"decoder": decoder, "spec": {"impl": impl}, "status": "measured", "check": {}, "features": features}
+
+    wanted = [[3.0, 4.0], [1.0, 0.0]]
+    rows = [record("lstm", "reference", wanted), record("lstm", None, [[6.0, 8.0], [1.0, 0.01]])]
+    rows += [record("opt", "reference", wanted), record("opt", None, [[3.0, 4.0], [1.0, 0.1]])]
+    efficiency.compare_towers(rows)
+    assert [row["status"] for row in rows] == ["measured", "measured", "measured", "failed"]
+    assert rows[1]["check"]["features_cosine"] == pytest.approx(1 - 0.01**2 / 2, abs=1e-6)
+    assert "cosine 0.995037 with transformers'" in rows[3]["reason"]
+    assert not any("features" in row for row in rows)
+
+
 def test_a_failed_row_sets_the_exit_code(monkeypatch, tmp_path, capsys):
     def run_task(task, threads, on_progress):
         if "machine" in task:
@@ -329,7 +361,7 @@ def test_a_failed_row_sets_the_exit_code(monkeypatch, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "failed: it broke" in printed
     page = (tmp_path / "efficiency.md").read_text()
-    assert "FACE-net, reference ops, own beam search | lstm, tiny |" in page
+    assert "FACE-net, reference ops, transformers' image tower, own beam search | lstm, tiny |" in page
     assert "Machine: not measured: not tried" in page
 
 

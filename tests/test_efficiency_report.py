@@ -115,9 +115,12 @@ def test_stages_that_were_not_measured_say_what_they_need():
 
 def test_times_that_scatter_say_so():
     assert "the times scatter" not in _report.markdown(report_of([measured_row()]))
+    assert "image features" not in _report.markdown(report_of([measured_row()]))
     busy = measured_row(time={"median_s": 2.1, "p95_s": 9.0, "min_s": 2.0, "captions": 3})
     page = _report.markdown(report_of([busy]))
     assert "3 captions timed, the fastest in 2,000 ms" in page
+    checked = measured_row(check={"encoder_error": 2e-7, "features_cosine": 0.99996})
+    assert "before timing; image features with cosine 1 - 4e-05 to" in _report.markdown(report_of([checked]))
     assert "- FACE-net, ours, flan-t5-xl: the times scatter" in page
 
 
