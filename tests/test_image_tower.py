@@ -119,7 +119,7 @@ def test_float32_is_as_exact_as_transformers(case, product):
         assert (features - exact).abs().max() <= allowed
 
 
-@pytest.mark.parametrize("product", products(torch.float64)[1:])  # oneDNN has no float64
+@pytest.mark.parametrize("product", [p for p in products(torch.float64) if p.values[0] != "onednn"])
 @pytest.mark.parametrize("case", CASES)
 def test_the_algebra_is_exact(case, product):
     clip = make_clip(CASES[case], seed=2)
@@ -232,15 +232,17 @@ def test_flops_are_counted_and_fewer(clip, levels):
 
 
 def test_dtype_follows_the_processor(clip, monkeypatch):
-    def machine(bf16: bool, amx: bool, onednn: str) -> torch.dtype:
+    def machine(bf16: bool, amx: bool, packed: str) -> torch.dtype:
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-        monkeypatch.setattr(image_tower, "product_obstacle", lambda product, dtype: onednn)
+        monkeypatch.setattr(
+            image_tower, "product_obstacle", lambda product, dtype: "" if product == "torch" else packed
+        )
         return fastest_dtype()
 
     assert machine(False, False, "") == torch.float32
     assert machine(True, False, "") == machine(False, True, "") == torch.bfloat16
-    assert machine(True, True, "no oneDNN") == torch.float32
+    assert machine(True, True, "nothing packs") == torch.float32
     monkeypatch.undo()
     monkeypatch.setattr(image_tower, "fastest_dtype", lambda: torch.bfloat16)
     tower = ImageTower(clip, **STATISTICS, product="torch")
@@ -248,13 +250,21 @@ def test_dtype_follows_the_processor(clip, monkeypatch):
 
 
 def test_choice_of_the_product(clip, monkeypatch):
-    monkeypatch.setattr(image_tower, "product_obstacle", lambda product, dtype: "there is none")
-    assert ImageTower(clip, **STATISTICS, dtype=torch.float32).product == "torch"
+    lacking: set[str] = set()
+    monkeypatch.setattr(
+        image_tower, "product_obstacle", lambda product, dtype: "there is none" if product in lacking else ""
+    )
+    choose = image_tower._choose_product
+    assert (choose(None, torch.float32), choose(None, torch.bfloat16)) == ("own", "onednn")
+    assert choose(None, torch.float64) == choose(None, torch.float16) == "torch"
+    lacking.add("onednn")
+    assert choose(None, torch.bfloat16) == "own" and choose("torch", torch.bfloat16) == "torch"
     with pytest.raises(RuntimeError, match="product 'onednn' cannot run: there is none"):
         ImageTower(clip, **STATISTICS, dtype=torch.float32, product="onednn")
-    monkeypatch.setattr(image_tower, "product_obstacle", lambda product, dtype: "")
-    assert image_tower._choose_product(None, torch.float32) == "onednn"
-    with pytest.raises(ValueError, match="product must be one of 'onednn', 'own', 'torch' or None, not 'mkl'"):
+    lacking.add("own")
+    assert choose(None, torch.bfloat16) == choose(None, torch.float32) == "torch"
+    assert ImageTower(clip, **STATISTICS, dtype=torch.float32).product == "torch"
+    with pytest.raises(ValueError, match="product must be one of 'own', 'onednn', 'torch' or None, not 'mkl'"):
         ImageTower(clip, **STATISTICS, product="mkl")
 
 
