@@ -49,7 +49,8 @@ class FoldedEncoder(nn.Module):
         for name, weight in weights._asdict().items():
             self.register_buffer(name, weight)
         self._packed: tuple[Stamp, list[Tensor]] | None = None
-        self._source: tuple[weakref.ref, weakref.ref] | None = None  # the encoder, and its stamp
+        self._source: weakref.ref | None = None  # the encoder, which remembers how it was
+        self._pack()
         self.eval()
 
     @property
@@ -91,9 +92,10 @@ class FoldedEncoder(nn.Module):
             RuntimeError: ``impl`` cannot run here, or the encoder's weights have changed since they were folded.
         """
         self._check_inputs(video, triplets, similarity, groups)
-        self._check_source()
-        if _compiled_serves(self.ffn_weight, impl) and (self._packed is None or not self._packed[0].matches()):
-            self._pack()
+        if not torch.compiler.is_compiling():  # a graph holds the weights as they are when it is made
+            self._check_source()
+            if self._packed is not None and not self._packed[0].matches():
+                self._pack()
         return self.run(video, triplets, similarity, groups, explain=explain, impl=impl)
 
     def run(
@@ -107,8 +109,6 @@ class FoldedEncoder(nn.Module):
         impl: Impl | None = None,
     ) -> EncoderOutput:
         """:meth:`forward` where inputs and weights are known to be as they should."""
-        if _compiled_serves(self.ffn_weight, impl) and self._packed is None:
-            self._pack()
         output = ops.folded_encoder(
             video,
             triplets,
@@ -126,19 +126,29 @@ class FoldedEncoder(nn.Module):
         return FoldedWeights(*map(self._buffers.__getitem__, FoldedWeights._fields))
 
     def _pack(self) -> None:
-        """Pack the buffers for this machine."""
-        self._packed = Stamp(self), ops.pack_folded_encoder(self._weights(), self.options)
+        """Pack the buffers for this machine, where the compiled kernels take them."""
+        self._packed = None
+        if _compiled_serves(self.ffn_weight):
+            self._packed = Stamp(self), ops.pack_folded_encoder(self._weights(), self.options)
 
     def _check_source(self) -> None:
-        if self._source is None:
-            return
-        encoder, stamp = (reference() for reference in self._source)
-        if encoder is not None and (stamp is None or not stamp.matches()):
-            raise RuntimeError("the encoder's weights have changed since they were folded: call encoder.fold() again")
+        encoder = self._source() if self._source is not None else None
+        if encoder is not None and not encoder.self_folding.unchanged(encoder, self):
+            raise RuntimeError("the encoder has changed since it was folded: call encoder.fold() again")
+
+    def _apply(self, fn, recurse=True):
+        self._packed = None
+        super()._apply(fn, recurse)
+        self._pack()
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is on its own: it stays what it is, whatever happens to the encoder.
         return self.__dict__ | {"_packed": None, "_source": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._pack()
 
     def _check_inputs(
         self, video: Tensor, triplets: Tensor | None, similarity: Tensor | None, groups: Tensor | None
@@ -167,9 +177,9 @@ def fold(encoder: FaceNetEncoder, dtype: torch.dtype | None, num_frames: int | N
     obstacle = _obstacle(encoder)
     if obstacle:
         raise RuntimeError(f"fold() cannot fold this encoder: {obstacle}")
-    stamp = encoder.self_folding.stamp(encoder)
     folded = FoldedEncoder(fold_weights(encoder, dtype), encoder.config, num_frames, encoder.fact_norm.eps)
-    folded._source = weakref.ref(encoder), weakref.ref(stamp)
+    folded._source = weakref.ref(encoder)
+    encoder.self_folding.watch(encoder, folded)
     return folded
 
 
@@ -180,15 +190,18 @@ class SelfFolding:
     """
 
     def __init__(self) -> None:
-        self._stamp: Stamp | None = None
+        self._state: _State | None = None
         self._folded: FoldedEncoder | None = None
-        self._refused = False  # this stamp's encoder has an obstacle
+        self._refused = False  # this state has an obstacle
+        self._watched: weakref.WeakKeyDictionary[FoldedEncoder, _State] = weakref.WeakKeyDictionary()
 
-    def stamp(self, encoder: FaceNetEncoder) -> Stamp:
-        """The encoder as it is now; the same object as long as it stays so."""
-        if self._stamp is None or not self._stamp.matches():
-            self._stamp, self._folded, self._refused = Stamp(encoder), None, False
-        return self._stamp
+    def watch(self, encoder: FaceNetEncoder, folded: FoldedEncoder) -> None:
+        """Remember that ``folded`` was made of the encoder as it is now."""
+        self._watched[folded] = _State(encoder)
+
+    def unchanged(self, encoder: FaceNetEncoder, folded: FoldedEncoder) -> bool:
+        """Whether the encoder is as it was when ``folded`` was made of it."""
+        return self._watched[folded].matches(encoder)
 
     def get(self, encoder: FaceNetEncoder, inputs: Sequence[Tensor | None]) -> FoldedEncoder | None:
         """The fold that serves these inputs, or None where the encoder itself must run.
@@ -200,7 +213,7 @@ class SelfFolding:
         weight = encoder.fact_norm.weight
         if (
             weight is None
-            or not _compiled_serves(weight, None)
+            or not _compiled_serves(weight)
             or inputs[0].shape[1] != encoder.config.num_frames
             or inputs[0].dtype != weight.dtype
             or torch.is_autocast_enabled("cpu")
@@ -213,7 +226,9 @@ class SelfFolding:
             or (torch.is_grad_enabled() and _wants_gradient(encoder, inputs))
         ):
             return None
-        for module in self.stamp(encoder).modules:
+        if self._state is None or not self._state.matches(encoder):
+            self._state, self._folded, self._refused = _State(encoder), None, False
+        for module in self._state.stamp.modules:
             if module.training or module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
                 return None
         if self._folded is None:
@@ -229,6 +244,21 @@ class SelfFolding:
 
     def __reduce__(self) -> tuple:
         return SelfFolding, ()
+
+
+class _State:
+    """An encoder at one moment: its weights, and the settings that a fold takes over."""
+
+    def __init__(self, encoder: FaceNetEncoder) -> None:
+        self.stamp = Stamp(encoder)
+        self._settings = self._read(encoder)
+
+    def matches(self, encoder: FaceNetEncoder) -> bool:
+        return self.stamp.matches() and self._read(encoder) == self._settings
+
+    @staticmethod
+    def _read(encoder: FaceNetEncoder) -> tuple:
+        return encoder.fact_norm.__dict__.get("eps"), encoder.ffn[1].__dict__.get("approximate")
 
 
 def _obstacle(encoder: FaceNetEncoder) -> str:
@@ -263,8 +293,8 @@ def _wants_gradient(encoder: FaceNetEncoder, inputs: Sequence[Tensor | None]) ->
     return any(t.requires_grad for t in tensors)
 
 
-def _compiled_serves(weight: Tensor, impl: Impl | None) -> bool:
-    return impl != "reference" and not EXTENSION_MISSING and weight.device.type == "cpu" and weight.dtype in CPP_DTYPES
+def _compiled_serves(weight: Tensor) -> bool:
+    return not EXTENSION_MISSING and weight.device.type == "cpu" and weight.dtype in CPP_DTYPES
 
 
 def folded_options(config: FaceNetConfig, norm_eps: float = 1e-5) -> FoldedOptions:

@@ -40,9 +40,8 @@ class PackedLinear:
         self.packed = pack_weight(weight.detach()[None])
         self.dtype = accumulate_dtype(weight)
         if bias is not None:
-            if bias.shape != (self.out_features,):
-                raise ValueError(f"packed_linear: bias must be [{self.out_features}]; got {describe(bias)}")
-            bias = bias.detach().to(self.dtype)
+            _check("bias", bias, (self.out_features,), None)
+            bias = bias.detach().to(self.dtype, copy=True)
         self.bias = bias
         self.activation = _ACTIVATIONS.index(activation)
 
@@ -53,19 +52,27 @@ class PackedLinear:
         Raises:
             TypeError, ValueError: type, size or device do not fit.
         """
-        if input.dtype != self.dtype or input.dim() < 1 or input.shape[-1] != self.in_features:
-            raise ValueError(
-                f"packed_linear: input must be [..., {self.in_features}] {self.dtype}; got {describe(input)}"
-            )
+        _check("input", input, (*input.shape[:-1], self.in_features), self.dtype)
         rows = input.reshape(-1, self.in_features)
         if residual is not None:
-            if residual.shape != (*input.shape[:-1], self.out_features):
-                raise ValueError(f"packed_linear: residual must have the output's shape; got {describe(residual)}")
+            _check("residual", residual, (*input.shape[:-1], self.out_features), self.dtype)
             residual = residual.reshape(-1, self.out_features)
         output = torch.ops.evc_fast.packed_linear(
             rows, self.packed, self.bias, residual, self.out_features, self.activation
         )
         return output.view(*input.shape[:-1], self.out_features)
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
+    """Raise one sentence where ``tensor`` is not of this shape and type (None: any floating one) on the CPU."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"packed_linear: {name} must be a tensor {list(shape)}; got {type(tensor).__name__}")
+    if tensor.shape != shape:
+        raise ValueError(f"packed_linear: {name} must be {list(shape)}; got {describe(tensor)}")
+    if tensor.device.type != "cpu":
+        raise ValueError(f"packed_linear: {name} must be on the CPU; it is on {tensor.device}")
+    if not tensor.is_floating_point() or (dtype is not None and tensor.dtype != dtype):
+        raise TypeError(f"packed_linear: {name} must be {dtype or 'floating'}; got {describe(tensor)}")
 
 
 def pack_weight(weight: Tensor) -> Tensor:
