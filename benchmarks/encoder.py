@@ -15,6 +15,7 @@ import argparse
 import copy
 import functools
 import json
+import os
 import sys
 import tempfile
 import time
@@ -45,6 +46,7 @@ RIVAL_SLACK = 4  # rivals order sums as they like: they are compared, not judged
 BURST = 0.1  # seconds of a row's turn: threads of the row before spin for half of that (ONNX Runtime's)
 ALLOWANCE = 3.0  # a row that takes longer sits turns out, so that all of its calls cost this many times the baseline's
 NEAR_LIMIT = 1.1  # time over floor that counts as this machine's limit
+AHEAD = 0.9  # time over floor that no product can reach
 
 
 @dataclass(frozen=True)
@@ -300,6 +302,23 @@ def table(record: dict) -> Table:
     return Table(f"Encoder and Q-former, B = {batch}, {record['turns']} turns", columns, rows, said)
 
 
+def disturbances(records: list[dict], machine: dict) -> list[str]:
+    """What tells that something else was running, so that no figure of the run is worth keeping."""
+    found = []
+    load, cores = machine["load"], machine["cores"]
+    if load > cores / 2:
+        found.append(f"The machine was busy when the run began: load {load:.1f} on {cores} cores.")
+    ahead = [
+        f"{name} at B = {record['batch']}"
+        for record in records
+        for name, row in record["rows"].items()
+        if row["seconds"] < AHEAD * row["floor_s"]
+    ]
+    if ahead:
+        found.append(f"The peak was measured while something else was running: {', '.join(ahead)} beat the floor.")
+    return found
+
+
 def notes(ceilings: dict) -> list[str]:
     groups = {"PyTorch's": "matrix_flops_per_s_library", "our packed": "matrix_flops_per_s_packed"}
     peaks = "; ".join(
@@ -328,7 +347,7 @@ def main(argv: list[str] | None = None, sizes: dict | None = None) -> int:
         console = Console(width=160)
     names = [n for n in arguments.rows if not (arguments.no_compile and n in ("torch.compile", "pt2"))]
     dtypes = list(dict.fromkeys([F32, *(ROWS[name].dtype for name in names)]))
-    machine = describe("cpu", arguments.threads) | {"kernels_isa": dispatch.cpu_isa()}
+    machine = describe("cpu", arguments.threads) | {"kernels_isa": dispatch.cpu_isa(), "load": os.getloadavg()[0]}
     with (
         tempfile.TemporaryDirectory() as folder,
         Progress(console=console, transient=True) as progress,
@@ -347,7 +366,8 @@ def main(argv: list[str] | None = None, sizes: dict | None = None) -> int:
         machine = better_of(machine, {"ceilings": ceilings_now(dtypes)})
     for record in records:
         add_floors(record, machine["ceilings"])
-    shown, said, reached = [table(record) for record in records], notes(machine["ceilings"]), judgements(records)
+    shown, reached = [table(record) for record in records], judgements(records)
+    said = disturbances(records, machine) + notes(machine["ceilings"])
     for each in shown:
         console.print(each.rich())
         for note in each.notes:
