@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from evc_fast.model import FaceNetConfig, FaceNetEncoder
+from evc_fast.model.output import EncoderOutput
 
 ENCODER_WIDTHS = {
     "video_dim": 24,
@@ -37,6 +38,31 @@ ENCODER_OPTIONS = {
     "emotion_first_no_bias": {"order": "emotion_first", "bias_adjustment": False},
 }
 ENCODER_SIZES = [(3, 5, 7), (1, 4, 7), (5, 1, 3), (2, 3, 1), (1, 1, 1)]  # (K, N, W)
+# Widths and counts on both sides of what a vector, a panel of packed weights and a block of rows hold.
+ODD_WIDTHS = {
+    "heads_of_3": {"dim": 24, "num_heads": 8},
+    "heads_of_8": {"dim": 32, "num_heads": 4},
+    "heads_of_11": {"dim": 33, "num_heads": 3},
+    "one_head": {"dim": 35, "num_heads": 1, "ffn_dim": 37},
+    "many_heads": {"dim": 65, "num_heads": 13, "video_dim": 65},
+    "heads_of_1": {"dim": 4, "num_heads": 4},
+    "width_1": {"dim": 1, "num_heads": 1},
+    "frames_70": {"n": 70},
+    "frames_1": {"n": 1},
+    "triplets_1": {"k": 1},
+    "triplets_9": {"k": 9, "n": 3},
+    "triplets_12_frames_70": {"k": 12, "n": 70},
+    "words_1": {"w": 1},
+    "words_130": {"w": 130},
+    "queries_1": {"num_queries": 1},
+    "queries_33": {"num_queries": 33, "num_heads": 4},
+    "output_1": {"output_dim": 1},
+    "output_37": {"output_dim": 37},
+    "ffn_1": {"ffn_dim": 1},
+    "ffn_97": {"ffn_dim": 97},
+    "text_70": {"text_dim": 70},
+    "features_1": {"text_dim": 1, "video_dim": 1, "emotion_dim": 1},
+}
 
 
 def build_encoder(seed: int = 0, *, k: int = 3, n: int = 5, w: int = 7, **options) -> FaceNetEncoder:
@@ -79,3 +105,14 @@ def encoder_inputs(
     groups[1:][-1:] = 7
     merge = config.merge_identical_triplets
     return [video.to(dtype), triplets.to(dtype), similarity.to(dtype), groups if merge else None]
+
+
+def cast_inputs(arguments: list[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
+    """The features of :func:`encoder_inputs` in another type; groups stay as they are."""
+    return [x.to(dtype) if x is not None and x.is_floating_point() else x for x in arguments]
+
+
+def named_outputs(output: EncoderOutput) -> dict[str, Tensor | None]:
+    """tokens, emotion_logits and, where asked for, every field of the explanation by name."""
+    named = {"tokens": output.tokens, "emotion_logits": output.emotion_logits}
+    return named if output.explanation is None else named | output.explanation._asdict()
