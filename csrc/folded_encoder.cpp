@@ -91,12 +91,12 @@ Outputs folded_encoder_forward(const Tensor& video_, const std::optional<Tensor>
   }
 
   const Tensor& like = held[kFfnWeight];
-  const int64_t shown = explain ? B : 0, shown_emotions = a.emotions ? shown : 0;
+  const int64_t shown = explain ? B : 0, shown_triplets = a.retrieval ? shown : 0, shown_emotions = a.emotions ? shown : 0;
   Tensor tokens = empty(like, {B, a.queries, a.output_width});
   Tensor emotion_logits = empty(like, {a.emotions ? B : 0, a.W});
-  Tensor component_weights = empty(like, {a.retrieval ? B : 0, a.K, 3}, acc);
-  Tensor triplet_weights = empty(like, {a.retrieval ? B : 0, a.K}, acc);
-  Tensor routing_weights = empty(like, {B, a.N, a.K}, acc);
+  Tensor component_weights = empty(like, {shown_triplets, a.K, 3}, acc);
+  Tensor triplet_weights = empty(like, {shown_triplets, a.K}, acc);
+  Tensor routing_weights = empty(like, {shown, a.N, a.K}, acc);
   Tensor emotion_distribution = empty(like, {shown_emotions, a.K, a.W}, acc);
   Tensor fact_gate = empty(like, {shown, a.d}), emotion_gate = empty(like, {shown_emotions, a.d});
   a.tokens = tokens.data_ptr();

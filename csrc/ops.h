@@ -108,8 +108,8 @@ struct FoldedArgs {
   const void *video, *triplets, *similarity;  // [B, N, D_v] [B, K, 3, D_t] [B, K]
   const int64_t* groups;                      // [B, K] or null
   void *tokens, *emotion_logits;              // [B, N_q, d_out] [B, W]
-  void *component_weights, *triplet_weights, *routing_weights;  // [B, K, 3] [B, K] [B, N, K]: always written
-  void *emotion_distribution, *fact_gate, *emotion_gate;        // [B, K, W] [B, d] [B, d]: with `explain` only
+  // with `explain` only: [B, K, 3] [B, K] [B, N, K] [B, K, W] [B, d] [B, d]
+  void *component_weights, *triplet_weights, *routing_weights, *emotion_distribution, *fact_gate, *emotion_gate;
   int64_t first, videos;  // of the batch
   void* workspace;
 };

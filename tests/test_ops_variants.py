@@ -36,6 +36,8 @@ def run_op_tests(environment: dict[str, str], select: str, *files: str) -> subpr
 def test_slower_variants(isa):
     result = run_op_tests({"EVC_FAST_ISA": isa}, QUICK)
     assert result.returncode == 0, result.stdout + result.stderr
+    result = run_op_tests({"EVC_FAST_ISA": isa}, PACKED, "test_folded.py", "test_packed_linear.py")
+    assert result.returncode == 0, result.stdout + result.stderr
     shown = subprocess.run(
         [sys.executable, "-P", "-c", "from evc_fast.ops import dispatch; print(dispatch.cpu_isa())"],
         env={**os.environ, "EVC_FAST_ISA": isa},

@@ -20,7 +20,8 @@ struct Folded : FoldedLayout<S> {
   using Layout::query_at, Layout::emotion_query_at, Layout::gate_at, Layout::memory_at, Layout::visual_columns;
   using Layout::routed, Layout::calibrated, Layout::visual, Layout::products, Layout::gate_keys, Layout::keys_values;
   using Layout::of_values, Layout::router_parts, Layout::facts, Layout::context, Layout::emotions, Layout::routed_rows;
-  using Layout::pooled, Layout::mean_context, Layout::fused, Layout::memory, Layout::read;
+  using Layout::pooled, Layout::mean_context, Layout::fused, Layout::memory, Layout::read, Layout::component_weights;
+  using Layout::triplet_weights;
   using Layout::matrix, Layout::vector, Layout::panels, Layout::block_pairs, Layout::scratch;
 
   // The elements of y that lie within a row of `width`.
@@ -68,8 +69,8 @@ struct Folded : FoldedLayout<S> {
     e.similarity = static_cast<const T*>(a.similarity) + video * a.K;
     e.groups = a.groups ? a.groups + video * a.K : nullptr;
     e.calibrated = calibrated + v * a.K * 3 * a.text_width;
-    e.component_weights = static_cast<T*>(a.component_weights) + video * a.K * 3;
-    e.triplet_weights = static_cast<T*>(a.triplet_weights) + video * a.K;
+    e.component_weights = component_weights + v * a.K * 3;
+    e.triplet_weights = triplet_weights + v * a.K;
     kernels().entropy_forward[sizeof(T) == 8 ? kFloat64 : kFloat32].run(e, 0, 1, s.hidden);
   }
 
@@ -281,7 +282,8 @@ struct Folded : FoldedLayout<S> {
     r.emotions = context + v * (once ? 1 : a.K) * a.N * d;
     r.routed = routed_rows + v * 2 * a.N * d;
     r.pooled = pooled + v * 2 * d;
-    r.weights = of_context ? weights : static_cast<T*>(a.routing_weights) + (a.first + v) * a.N * a.K;
+    const bool shown = a.explain && !of_context;
+    r.weights = shown ? static_cast<T*>(a.routing_weights) + (a.first + v) * a.N * a.K : weights;
     memset(logits, 0, a.N * a.K * sizeof(T));
     if (routed && !once) route_logits(v, logits);
     r.logits = logits;

@@ -17,7 +17,7 @@ struct FoldedLayout {
   int64_t query_at, emotion_query_at, gate_at, memory_at, visual_columns;  // sections of the products of V
   bool routed, query_of_emotions;
   T *calibrated, *visual, *products, *gate_keys, *keys_values, *of_values, *router_parts, *facts, *context, *emotions;
-  T *routed_rows, *pooled, *mean_context, *fused, *memory, *read;
+  T *routed_rows, *pooled, *mean_context, *fused, *memory, *read, *component_weights, *triplet_weights;
   size_t bytes;
 
   explicit FoldedLayout(const FoldedArgs& args)
@@ -51,6 +51,12 @@ struct FoldedLayout {
     fused = take(a.videos * fused_rows * d);
     memory = take(a.videos * fused_rows * memory_columns);
     read = take(a.videos * a.queries * d);
+    // What only an explanation keeps: the caller's, or the workspace's.
+    const auto shown = [&](void* of_batch, int64_t each) {
+      return a.explain ? static_cast<T*>(of_batch) + a.first * each : take(a.videos * each);
+    };
+    component_weights = shown(a.component_weights, a.retrieval ? a.K * 3 : 0);
+    triplet_weights = shown(a.triplet_weights, a.retrieval ? a.K : 0);
     bytes = arena.used * sizeof(T);
   }
 
