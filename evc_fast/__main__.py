@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 import evc_fast
+from evc_fast.data.image_tower import choose_product, fastest_dtype
 from evc_fast.ops import dispatch
 
 CORE = ("numpy", "safetensors", "transformers", "peft", "av", "matplotlib", "rich")
@@ -122,7 +123,8 @@ def report() -> dict[str, object]:
         "devices": found,
         "threads": torch.get_num_threads(),
         "isa": isa(),
-        "ops": {op: served(op, types) for op in dispatch.OPS},
+        "image_tower": {"dtype": short(fastest_dtype()), "product": choose_product(None, fastest_dtype())},
+        "ops": {op: served(op, types) for op in dispatch.SERVED},
     }
 
 
@@ -137,6 +139,7 @@ def tables(found: dict) -> list[tuple[str, list[str], list[list[str]]]]:
         *([name, text] for name, text in found["devices"].items()),
         ["instruction sets usable", f"{usable}; torch itself detects {sets['torch']}"],
         ["instruction set in use", f"{sets['used']}{forced}"],
+        ["image tower on the CPU", "{dtype}, products by {product}".format(**found["image_tower"])],
     ]
     ops = []
     for op, rows in found["ops"].items():

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InductorError, InvalidCxxCompiler
+
 from evc_fast.export import machine
 from evc_fast.export.graph import Graph
 from evc_fast.export.requirements import ExportError
-from torch._inductor.cpp_builder import get_cpp_compiler
-from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
 DEVICES = ("cpu", "cuda")
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from evc_fast.data.clip import ClipTowers
 from evc_fast.export import aoti, machine, manifest, onnx, tensorrt
 from evc_fast.export.graph import GRAPHS, Graph, encoder_graph, tower_graph
 from evc_fast.export.operators import check_operators
@@ -20,8 +22,6 @@ from evc_fast.export.parity import Reference, check_parity
 from evc_fast.export.requirements import ExportError, require
 from evc_fast.export.runner import OnnxRunner, Pt2Runner
 from evc_fast.export.signature import DTYPES, Signature
-
-from evc_fast.data.clip import ClipTowers
 from evc_fast.model.checkpoint import WEIGHTS_NAME
 from evc_fast.model.encoder import FaceNetEncoder
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from evc_fast.export.requirements import ExportError
-from evc_fast.export.signature import Signature, TensorSpec
 from torch import Tensor, nn
 from torch._dynamo.exc import UserError
 
 from evc_fast.data.clip import ClipTowers
+from evc_fast.export.requirements import ExportError
+from evc_fast.export.signature import Signature, TensorSpec
 from evc_fast.model.encoder import FaceNetEncoder
 
 GRAPHS = ("straight", "folded")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from evc_fast.export.requirements import ExportError
 
 # Families of instructions that a compiler may use when it compiles for the machine it runs on (-march=native): the

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from evc_fast.export.requirements import ExportError
 
 import evc_fast
+from evc_fast.export.requirements import ExportError
 
 NAME = "manifest.json"
 FORMAT = "evc_fast.export"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+
 from evc_fast.export.graph import Graph
 from evc_fast.export.requirements import ExportError, require
 

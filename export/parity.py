@@ -11,11 +11,12 @@ from itertools import count
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from evc_fast.export.graph import random_tensor
 from evc_fast.export.requirements import ExportError
 from evc_fast.export.runner import Runner
 from evc_fast.export.signature import Signature, dtype_name
-from torch import Tensor, nn
 
 INPUTS = 200
 MAX_ABS = 1e-4  # of an output in float32

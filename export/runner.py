@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from evc_fast.export import machine, manifest
 from evc_fast.export.requirements import ExportError, require
 from evc_fast.export.signature import MODELS, Signature
-from torch import Tensor
 
 
 class EncoderResult(NamedTuple):

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from evc_fast.export.requirements import ExportError
 from torch import Tensor
+
+from evc_fast.export.requirements import ExportError
 
 # The name on the command line and in a file's name, to the type.
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

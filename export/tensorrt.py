@@ -15,11 +15,12 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from evc_fast.export import machine
 from evc_fast.export.requirements import ExportError, require
 from evc_fast.export.runner import Runner
 from evc_fast.export.signature import Signature, dtype_name
-from torch import Tensor
 
 MAJOR = 10
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from evc_fast.data.clip import ClipTowers
 from evc_fast.export import ExportError, ExportOptions, artefacts, build, export, load, parity
 from evc_fast.export.__main__ import main
 from evc_fast.export.graph import GRAPHS, encoder_graph
 from evc_fast.export.parity import Reference
-
-from evc_fast.data.clip import ClipTowers
 from evc_fast.testing.encoder_cases import ENCODER_OPTIONS, build_encoder, encoder_inputs
 
 onnx = pytest.importorskip("onnx", reason="needs the export extra")

@@ -16,10 +16,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from evc_fast.export import ExportError, ExportOptions, artefacts, build, export, load, machine, tensorrt
 from evc_fast.export.__main__ import main
 from evc_fast.export.signature import Signature, TensorSpec
-
 from evc_fast.testing.encoder_cases import ENCODER_OPTIONS, build_encoder, encoder_inputs
 
 for package in ("onnx", "onnxscript"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from evc_fast.export.operators import OPSETS, TYPES, check_operators
 
 onnx = pytest.importorskip("onnx", reason="needs the export extra")

@@ -254,7 +254,7 @@ def test_choice_of_the_product(clip, monkeypatch):
     monkeypatch.setattr(
         image_tower, "product_obstacle", lambda product, dtype: "there is none" if product in lacking else ""
     )
-    choose = image_tower._choose_product
+    choose = image_tower.choose_product
     assert (choose(None, torch.float32), choose(None, torch.bfloat16)) == ("own", "onednn")
     assert choose(None, torch.float64) == choose(None, torch.float16) == "torch"
     lacking.add("onednn")

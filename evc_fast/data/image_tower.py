@@ -44,7 +44,7 @@ def fastest_dtype() -> torch.dtype:
     Elsewhere bfloat16 buys no time, half the memory at most.
     """
     in_hardware = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if in_hardware and _choose_product(None, torch.bfloat16) != "torch" else torch.float32
+    return torch.bfloat16 if in_hardware and choose_product(None, torch.bfloat16) != "torch" else torch.float32
 
 
 def product_obstacle(product: ProductKind, dtype: torch.dtype) -> str:
@@ -109,7 +109,7 @@ class ImageTower(nn.Module):
         if device.type != "cpu":
             raise ValueError(f"clip must be on a CPU, not on {device}")
         self.dtype = fastest_dtype() if dtype is None else dtype
-        self.product = _choose_product(product, self.dtype)
+        self.product = choose_product(product, self.dtype)
         self.image_size, self.patch_size = config.image_size, config.patch_size
         self.grid = config.image_size // config.patch_size  # pixels beyond the last whole patch are not read
         self.tokens = self.grid**2 + 1
@@ -313,7 +313,7 @@ def _pack(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight)
 
 
-def _choose_product(product: str | None, dtype: torch.dtype) -> str:
+def choose_product(product: str | None, dtype: torch.dtype) -> str:
     """The product that serves, or an error that says why the one asked for does not."""
     if not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating-point type, not {dtype}")
