@@ -223,6 +223,57 @@ std::tuple<Tensor, Tensor, Tensor> routing_aggregation_backward(const Tensor& gr
   return {grad_facts, grad_emotions, grad_logits};
 }
 
+// ---- factored_hidden ----
+
+struct HiddenInputs {
+  Tensor weights, values, visual;
+  Dtype dtype;
+  ScalarType type;
+  int64_t B;
+  HiddenArgs args{};
+
+  HiddenInputs(const Tensor& weights_, const Tensor& values_, const Tensor& visual_)
+      : dtype(dtype_of(weights_)), type(weights_.scalar_type()) {
+    check_first(weights_, "weights", 4);
+    STD_TORCH_CHECK(values_.dim() == 4 && values_.size(3) > 0, "evc_fast: values must be [B, K, T, F]");
+    B = weights_.size(0);
+    args.K = weights_.size(1);
+    args.N = weights_.size(2);
+    args.T = weights_.size(3);
+    args.F = values_.size(3);
+    weights = checked(weights_, "weights", {B, args.K, args.N, args.T}, type);
+    values = checked(values_, "values", {B, args.K, args.T, args.F}, type);
+    visual = checked(visual_, "visual", {B, args.N, args.F}, type);
+    args.weights = weights.data_ptr();
+    args.values = values.data_ptr();
+    args.visual = visual.data_ptr();
+  }
+};
+
+Tensor factored_hidden_forward(const Tensor& weights, const Tensor& values, const Tensor& visual) {
+  HiddenInputs in(weights, values, visual);
+  Tensor hidden = empty(in.weights, {in.B, in.args.K, in.args.N, in.args.F});
+  in.args.hidden = hidden.data_ptr();
+  run(kernels().hidden_forward[in.dtype], in.args, in.B * in.args.K, grain_of(in.args.N * in.args.F));
+  return hidden;
+}
+
+std::tuple<Tensor, Tensor, Tensor> factored_hidden_backward(const Tensor& grad_hidden, const Tensor& weights,
+                                                            const Tensor& values, const Tensor& visual) {
+  HiddenInputs in(weights, values, visual);
+  HiddenArgs& args = in.args;
+  Tensor grad = checked(grad_hidden, "grad_hidden", {in.B, args.K, args.N, args.F}, in.type);
+  Tensor grad_weights = empty(in.weights, {in.B, args.K, args.N, args.T});
+  Tensor grad_values = empty(in.weights, {in.B, args.K, args.T, args.F});
+  Tensor grad_visual = empty(in.weights, {in.B, args.N, args.F});
+  args.grad_hidden = grad.data_ptr();
+  args.grad_weights = grad_weights.data_ptr();
+  args.grad_values = grad_values.data_ptr();
+  args.grad_visual = grad_visual.data_ptr();
+  run(kernels().hidden_backward[in.dtype], args, in.B, grain_of(args.K * args.N * args.F));
+  return {grad_weights, grad_values, grad_visual};
+}
+
 }  // namespace
 }  // namespace evc
 
@@ -233,4 +284,6 @@ STABLE_TORCH_LIBRARY_IMPL(evc_fast, CPU, m) {
   m.impl("emotion_attention_backward", TORCH_BOX(&evc::emotion_attention_backward));
   m.impl("routing_aggregation_forward", TORCH_BOX(&evc::routing_aggregation_forward));
   m.impl("routing_aggregation_backward", TORCH_BOX(&evc::routing_aggregation_backward));
+  m.impl("factored_hidden_forward", TORCH_BOX(&evc::factored_hidden_forward));
+  m.impl("factored_hidden_backward", TORCH_BOX(&evc::factored_hidden_backward));
 }

@@ -55,6 +55,15 @@ struct RoutingArgs {
   void* grad_logits;             // backward: [B, N, K] Acc
 };
 
+// F: the FFN's hidden width; T = 3 heads terms of H's factors.
+struct HiddenArgs {
+  int64_t K, N, T, F;
+  const void *weights, *values, *visual;  // [B, K, N, T] [B, K, T, F] [B, N, F]
+  void* hidden;                           // forward: [B, K, N, F]
+  const void* grad_hidden;                // backward: [B, K, N, F]
+  void *grad_weights, *grad_values, *grad_visual;
+};
+
 // A weight [groups][columns, depth] into panels (cpu/packed.h). A task is one group.
 struct PackArgs {
   int64_t columns, depth;
@@ -63,6 +72,9 @@ struct PackArgs {
 };
 
 enum Activation { kNone, kGelu, kQuickGelu, kActivations };
+
+// Rows that meet packed weights at a time: with their depth they stay in L2.
+constexpr int64_t kBlockRows = 64;
 
 // output = activation(input W^T + bias) + residual. A task is a block of rows times a group of columns.
 struct LinearArgs {
@@ -130,12 +142,14 @@ struct Kernel {
   void (*run)(const Args&, int64_t begin, int64_t end, void* scratch);
 };
 
-// Tasks: entropy B; emotion_forward B K; emotion_backward chunks; routing_forward 2 B; routing_backward B N.
+// Tasks: entropy B; emotion_forward B K; emotion_backward chunks; routing_forward 2 B; routing_backward B N;
+// hidden_forward B K; hidden_backward B.
 struct Kernels {
   Kernel<EntropyArgs> entropy_forward[kDtypes], entropy_backward[kDtypes];
   Kernel<EmotionArgs> emotion_pack[kDtypes], emotion_forward[kDtypes];  // pack: one task a head
   Kernel<EmotionArgs> emotion_backward[kDtypes], emotion_reduce[kDtypes];  // reduce: one task a word
   Kernel<RoutingArgs> routing_forward[kDtypes], routing_backward[kDtypes];
+  Kernel<HiddenArgs> hidden_forward[kDtypes], hidden_backward[kDtypes];
   FoldedKernel folded[kDtypes];
   Kernel<PackArgs> pack[kDtypes];
   Kernel<LinearArgs> linear[kDtypes];

@@ -31,6 +31,8 @@ def backward_arguments(case: Case, tensors) -> tuple:
         return torch.randn_like(tensors[0]), *forward_arguments(case, tensors)
     if case.op == "emotion_attention":
         return torch.randn_like(tensors[0]), *tensors, torch.randn_like(tensors[0]), case.options["num_heads"]
+    if case.op == "factored_hidden":
+        return torch.randn_like(case.call(*tensors)[0]), *tensors
     routed, pooled, weights = case.call(*tensors)
     return torch.randn_like(routed), torch.randn_like(pooled), *tensors[:2], weights
 
@@ -40,7 +42,7 @@ def backward_arguments(case: Case, tensors) -> tuple:
 def test_opcheck(case):
     for dtype in (torch.float32, torch.bfloat16):
         tensors = case.inputs(dtype)
-        if case.op != "emotion_attention":  # its similarity or logits come in the type it accumulates in
+        if case.op in ("entropy_calibration", "routing_aggregation"):  # similarity and logits: the accumulation type
             last = 1 if case.op == "entropy_calibration" else 2
             tensors[last] = tensors[last].float()
         backward = backward_arguments(case, tensors)
@@ -176,7 +178,11 @@ def test_flops_are_those_of_the_reference(op):
             case.call(*case.inputs(), impl=impl)
         counted.append(counter.get_total_flops())
     s = case.sizes
-    products = 4 * s["B"] * s["K"] * s["N"] * s["d"] * (s["W"] + s["N"]) if op == "emotion_attention" else 0
+    products = 0
+    if op == "emotion_attention":
+        products = 4 * s["B"] * s["K"] * s["N"] * s["d"] * (s["W"] + s["N"])
+    elif op == "factored_hidden":
+        products = 2 * s["B"] * s["K"] * s["N"] * s["T"] * s["F"]
     assert counted == [products] * len(IMPLEMENTATIONS)
 
 

@@ -15,7 +15,8 @@ struct Broadcast {
   int64_t row, column;  // strides in elements
 };
 
-// B rows start on any element; `width` columns rounded up to whole vectors must be readable, and 0 beyond the real ones.
+// B rows start on any element; `width` columns rounded up to whole vectors must be readable;
+// what stands beyond the real ones comes out beyond them.
 // ahead: elements from a row to one that will be read later and should be fetched from memory meanwhile; 0 for none.
 template <class T>
 struct Rows {

@@ -8,6 +8,7 @@ Kernels fill() {
   add_entropy_calibration(kernels);
   add_emotion_attention(kernels);
   add_routing_aggregation(kernels);
+  add_factored_hidden(kernels);
   add_packed_linear(kernels);
   add_folded_encoder(kernels);
   return kernels;

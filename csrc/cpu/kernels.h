@@ -9,6 +9,7 @@ namespace evc::EVC_NAMESPACE {
 void add_entropy_calibration(Kernels& kernels);
 void add_emotion_attention(Kernels& kernels);
 void add_routing_aggregation(Kernels& kernels);
+void add_factored_hidden(Kernels& kernels);
 void add_packed_linear(Kernels& kernels);
 void add_folded_encoder(Kernels& kernels);
 

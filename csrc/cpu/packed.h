@@ -26,8 +26,7 @@ constexpr bool kPairs<BFloat16> = EVC_BF16_PAIRS;
 
 template <class S>
 constexpr int64_t kPanelColumns = kTileVectors * kLanes<Acc<S>>;
-constexpr int64_t kBlockRows = 64;    // rows of A that a caller hands over at most: with their depth they stay in L2
-constexpr int64_t kBlockDepth = 256;  // a panel's block and six rows of A stay in L1
+constexpr int64_t kBlockDepth = 256;  // a panel's block (16 KB, 32 KB with 64-byte vectors) and a tile's rows stay near
 
 template <class S>
 struct Packed {
@@ -158,7 +157,7 @@ EVC_INLINE void multiply_panel(int64_t rows, int64_t depth, const float* a, int6
     const int64_t step = depth - k < kBlockDepth ? depth - k : kBlockDepth;
     const int64_t first = k * kPanelColumns<BFloat16>;
     for (int64_t i = 0; i < step * kPanelColumns<BFloat16>; i += kLanes<float>) {
-      __builtin_prefetch(b + first + i + kBlockDepth * kPanelColumns<BFloat16>, 0, 2);
+      if (i % 32 == 0) __builtin_prefetch(b + first + i + kBlockDepth * kPanelColumns<BFloat16>, 0, 2);  // once a line
       store(load(b + first + i), widened + i);
     }
     panel_block<float, false>(k > 0, rows, step, a + k, a_stride, widened, c);

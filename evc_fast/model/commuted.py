@@ -22,15 +22,19 @@ if TYPE_CHECKING:
 
 
 def factual_semantics(
-    encoder: FaceNetEncoder, v: Tensor, query: Tensor, calibrated: Tensor
+    encoder: FaceNetEncoder, v: Tensor, query: Tensor, calibrated: Tensor, impl: Impl | None
 ) -> tuple[Tensor, Tensor | None]:
     """Arguments and results of :func:`evc_fast.model.straight.factual_semantics`."""
     hidden = attend_in_factors(encoder.fact_attention, query, encoder.triplet_projection(calibrated))  # (17)
-    first, *rest = encoder.ffn
+    first, activation, *rest = encoder.ffn
     # (18): [V ; H_i] W_1 = V W_V + H_i W_H, and the first summand is the same for all K.
     visual_weight, hidden_weight = first.weight.split(encoder.config.dim, 1)
-    update = hidden.times(hidden_weight)
-    update += F.linear(v, visual_weight, first.bias + hidden.bias @ hidden_weight.T)
+    visual = F.linear(v, visual_weight, first.bias + hidden.bias @ hidden_weight.T)
+    mapped = hidden.mapped(hidden_weight)
+    if type(activation) is nn.GELU and activation.approximate == "none":
+        update = ops.factored_hidden(hidden.weights, mapped, visual.squeeze(1), impl=impl)
+    else:  # somebody's own
+        update = activation(hidden.weights @ mapped + visual)
     for layer in rest:
         update = layer(update)
     if encoder.router is None:
@@ -90,8 +94,8 @@ class FactoredHidden(NamedTuple):
     bias: Tensor
     """b_o [d]."""
 
-    def times(self, weight: Tensor) -> Tensor:
-        """(H - b_o) W [B, K, N, out], for W as a linear layer holds it [out, d]."""
+    def mapped(self, weight: Tensor) -> Tensor:
+        """v W_o W [B, K, 3 heads, out], for W as a linear layer holds it [out, d]: what P times is (H - b_o) W."""
         heads, batch, num_groups, parts, _ = self.values.shape
         values = self.values.flatten(1, 3)  # [heads, rows, d / heads]
         output = self.output_weight.unflatten(1, (heads, -1)).permute(1, 2, 0)  # [heads, d / heads, d]
@@ -101,7 +105,7 @@ class FactoredHidden(NamedTuple):
             mapped = (values @ output) @ weight.T
         else:
             mapped = values @ (output @ weight.T)
-        return self.weights @ mapped.transpose(0, 1).reshape(batch, num_groups, parts * heads, out)
+        return mapped.transpose(0, 1).reshape(batch, num_groups, parts * heads, out)
 
     def route(self, weight: Tensor) -> Tensor:
         """[H_1 ; ... ; H_K] W_g of (26) [B, N, K], for W_g as a linear layer holds it [K, K d]."""

@@ -146,7 +146,7 @@ class FaceNetEncoder(nn.Module):
         # (17)-(21), with V as query and residual of the facts (fact first) or with E (emotion first);
         # (22)-(23), and (26)-(27) before the gates.
         if config.order == "fact_first":
-            summed, logits = self._factual_semantics(stages, v, v, calibrated)
+            summed, logits = self._factual_semantics(stages, v, v, calibrated, impl)
             facts = self._normalize(summed)
             if config.emotion_augmentation:
                 gate = stages.visual_gate(self, summed, facts, visual)
@@ -157,7 +157,7 @@ class FaceNetEncoder(nn.Module):
         else:
             context, distribution = self._emotional_semantics(v, self.phi_f(v), self.phi_v(visual), explain, impl)
             emotions = self.project_emotions(context)
-            summed, logits = self._factual_semantics(stages, v, emotions, calibrated)
+            summed, logits = self._factual_semantics(stages, v, emotions, calibrated, impl)
             facts = self._normalize(summed)
             routed, pooled, routing_weights = ops.routing_aggregation(
                 facts, emotions.expand_as(facts), logits, impl=impl
@@ -188,13 +188,13 @@ class FaceNetEncoder(nn.Module):
         return EncoderOutput(tokens, emotion_logits, explanation)
 
     def _factual_semantics(
-        self, stages: ModuleType, v: Tensor, query: Tensor, calibrated: Tensor | None
+        self, stages: ModuleType, v: Tensor, query: Tensor, calibrated: Tensor | None, impl: Impl | None
     ) -> tuple[Tensor, Tensor]:
         """v and query [B, 1, N, d], calibrated [B, K, 3, D_t] -> sum that (18) normalizes, logits of (26) [B, N, K]."""
         if calibrated is None:
             update, logits = self.ffn(v), None  # H = 0
         else:
-            update, logits = stages.factual_semantics(self, v, query, calibrated)
+            update, logits = stages.factual_semantics(self, v, query, calibrated, impl)
         if logits is None:  # no router: zeros, whose softmax is 1/K
             logits = update.new_zeros(()).expand(v.shape[0], v.shape[2], self.config.num_groups)
         return update + query, logits

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from evc_fast import ops
+from evc_fast.model.attention import MultiHeadAttention
 from evc_fast.model.inputs import check_inputs
 from evc_fast.model.output import EncoderOutput, Explanation
 from evc_fast.model.stamp import Stamp
@@ -30,6 +32,7 @@ class FoldedEncoder(nn.Module):
     """What :meth:`FaceNetEncoder.fold` gives: a snapshot for inference, called as the encoder is.
 
     Its buffers are products of the encoder's weights (:class:`~evc_fast.reference.folded_encoder.FoldedWeights`).
+    A compiled or exported graph of it holds the plain PyTorch form, and no longer asks whether the encoder has changed.
 
     Args:
         weights: made by :func:`fold_weights`.
@@ -92,9 +95,10 @@ class FoldedEncoder(nn.Module):
             RuntimeError: ``impl`` cannot run here, or the encoder's weights have changed since they were folded.
         """
         self._check_inputs(video, triplets, similarity, groups)
-        if not torch.compiler.is_compiling():  # a graph holds the weights as they are when it is made
+        if not torch.compiler.is_compiling():
             self._check_source()
-            if self._packed is not None and not self._packed[0].matches():
+            packed = self._packed
+            if packed is not None and not packed[0].matches():
                 self._pack()
         return self.run(video, triplets, similarity, groups, explain=explain, impl=impl)
 
@@ -109,6 +113,9 @@ class FoldedEncoder(nn.Module):
         impl: Impl | None = None,
     ) -> EncoderOutput:
         """:meth:`forward` where inputs and weights are known to be as they should."""
+        packed = self._packed
+        if impl is None and torch.compiler.is_compiling():
+            impl = "reference"  # its weights are inputs of the graph, or its constants: packed ones would be neither
         output = ops.folded_encoder(
             video,
             triplets,
@@ -116,7 +123,7 @@ class FoldedEncoder(nn.Module):
             groups,
             self._weights(),
             self.options,
-            packed=self._packed[1] if self._packed else None,
+            packed=packed[1] if packed else None,
             explain=explain,
             impl=impl,
         )
@@ -126,10 +133,10 @@ class FoldedEncoder(nn.Module):
         return FoldedWeights(*map(self._buffers.__getitem__, FoldedWeights._fields))
 
     def _pack(self) -> None:
-        """Pack the buffers for this machine, where the compiled kernels take them."""
-        self._packed = None
-        if _compiled_serves(self.ffn_weight):
-            self._packed = Stamp(self), ops.pack_folded_encoder(self._weights(), self.options)
+        """Pack the buffers for this machine, where the compiled kernels take them; other threads may be calling."""
+        stamp = Stamp(self)
+        serves = _compiled_serves(self.ffn_weight)
+        self._packed = (stamp, ops.pack_folded_encoder(self._weights(), self.options)) if serves else None
 
     def _check_source(self) -> None:
         encoder = self._source() if self._source is not None else None
@@ -177,9 +184,10 @@ def fold(encoder: FaceNetEncoder, dtype: torch.dtype | None, num_frames: int | N
     obstacle = _obstacle(encoder)
     if obstacle:
         raise RuntimeError(f"fold() cannot fold this encoder: {obstacle}")
+    state = _State(encoder)
     folded = FoldedEncoder(fold_weights(encoder, dtype), encoder.config, num_frames, encoder.fact_norm.eps)
     folded._source = weakref.ref(encoder)
-    encoder.self_folding.watch(encoder, folded)
+    encoder.self_folding.watch(folded, state)
     return folded
 
 
@@ -190,18 +198,19 @@ class SelfFolding:
     """
 
     def __init__(self) -> None:
-        self._state: _State | None = None
-        self._folded: FoldedEncoder | None = None
-        self._refused = False  # this state has an obstacle
+        # The encoder's state and the fold made of it, None where it cannot be folded; replaced as a whole, since other
+        # threads may be calling.
+        self._current: tuple[_State, FoldedEncoder | None] | None = None
         self._watched: weakref.WeakKeyDictionary[FoldedEncoder, _State] = weakref.WeakKeyDictionary()
 
-    def watch(self, encoder: FaceNetEncoder, folded: FoldedEncoder) -> None:
-        """Remember that ``folded`` was made of the encoder as it is now."""
-        self._watched[folded] = _State(encoder)
+    def watch(self, folded: FoldedEncoder, state: _State) -> None:
+        """Remember that ``folded`` was made of the encoder in this state."""
+        self._watched[folded] = state
 
     def unchanged(self, encoder: FaceNetEncoder, folded: FoldedEncoder) -> bool:
         """Whether the encoder is as it was when ``folded`` was made of it."""
-        return self._watched[folded].matches(encoder)
+        state = self._watched[folded]
+        return state.matches(encoder) and not state.disturbed()
 
     def get(self, encoder: FaceNetEncoder, inputs: Sequence[Tensor | None]) -> FoldedEncoder | None:
         """The fold that serves these inputs, or None where the encoder itself must run.
@@ -226,18 +235,15 @@ class SelfFolding:
             or (torch.is_grad_enabled() and _wants_gradient(encoder, inputs))
         ):
             return None
-        if self._state is None or not self._state.matches(encoder):
-            self._state, self._folded, self._refused = _State(encoder), None, False
-        for module in self._state.stamp.modules:
-            if module.training or module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-                return None
-        if self._folded is None:
-            if self._refused or _obstacle(encoder):
-                self._refused = True
-                return None
-            weights = fold_weights(encoder, weight.dtype)
-            self._folded = FoldedEncoder(weights, encoder.config, encoder.config.num_frames, encoder.fact_norm.eps)
-        return self._folded
+        current = self._current
+        if current is None or not current[0].matches(encoder):
+            state = _State(encoder)  # read first: what changes while the fold is made does not match it
+            folded = None
+            if not _obstacle(encoder):
+                weights = fold_weights(encoder, weight.dtype)
+                folded = FoldedEncoder(weights, encoder.config, encoder.config.num_frames, encoder.fact_norm.eps)
+            self._current = current = state, folded
+        return None if current[0].disturbed() else current[1]
 
     def __deepcopy__(self, memo: dict) -> SelfFolding:
         return SelfFolding()
@@ -250,15 +256,30 @@ class _State:
     """An encoder at one moment: its weights, and the settings that a fold takes over."""
 
     def __init__(self, encoder: FaceNetEncoder) -> None:
-        self.stamp = Stamp(encoder)
+        self._stamp = Stamp(encoder)
+        self._attentions = [m for m in self._stamp.modules if isinstance(m, MultiHeadAttention)]
         self._settings = self._read(encoder)
 
     def matches(self, encoder: FaceNetEncoder) -> bool:
-        return self.stamp.matches() and self._read(encoder) == self._settings
+        """Whether weights and settings are as they were."""
+        return self._stamp.matches() and self._read(encoder) == self._settings
 
-    @staticmethod
-    def _read(encoder: FaceNetEncoder) -> tuple:
-        return encoder.fact_norm.__dict__.get("eps"), encoder.ffn[1].__dict__.get("approximate")
+    def disturbed(self) -> bool:
+        """Whether a module trains, has a forward of its own, or a hook that only its own forward runs."""
+        return bool(_global_forward_hooks or _global_forward_pre_hooks) or any(map(_disturbance, self._stamp.modules))
+
+    def _read(self, encoder: FaceNetEncoder) -> tuple:
+        norm, activation = vars(encoder.fact_norm).get("eps"), vars(encoder.ffn[1]).get("approximate")
+        return encoder.config, norm, activation, [attention.num_heads for attention in self._attentions]
+
+
+def _disturbance(module: nn.Module) -> str:
+    """What makes this module do more than its weights and its type say, or ""."""
+    if module.training:
+        return "is in training mode"
+    if "forward" in vars(module):
+        return "has a forward of its own"
+    return "has a forward hook" if module._forward_hooks or module._forward_pre_hooks else ""
 
 
 def _obstacle(encoder: FaceNetEncoder) -> str:
@@ -268,10 +289,8 @@ def _obstacle(encoder: FaceNetEncoder) -> str:
         where = f"its {name}" if name else "it"
         if type(module) is not built.get(name):
             return f"{where} is a {type(module).__name__}, and was not built as one"
-        if module.training:
-            return f"{where} is in training mode"
-        if "forward" in vars(module):
-            return f"{where} has a forward of its own"
+        if _disturbance(module):
+            return f"{where} {_disturbance(module)}"
     if encoder.ffn[1].approximate != "none" or not encoder.fact_norm.elementwise_affine:
         return "its GELU or its LayerNorm has another form than the one it was built with"
     return ""

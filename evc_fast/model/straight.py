@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def factual_semantics(
-    encoder: FaceNetEncoder, v: Tensor, query: Tensor, calibrated: Tensor
+    encoder: FaceNetEncoder, v: Tensor, query: Tensor, calibrated: Tensor, impl: Impl | None
 ) -> tuple[Tensor, Tensor | None]:
     """(17), (18) before the residual and the norm, and what (26) makes of H.
 
@@ -26,6 +26,7 @@ def factual_semantics(
         v: V [B, 1, N, d]: what depends on V alone is computed once for all K.
         query: what attends to the triplets, V or E [B, 1, N, d].
         calibrated: the triplets after (13), (16) [B, K, 3, D_t].
+        impl: which implementation of the fused ops runs.
 
     Returns:
         FFN([V ; H]) of (18) [B, K, N, d], and the logits of (26) [B, N, K], None where no router stands.

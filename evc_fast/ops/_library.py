@@ -28,6 +28,9 @@ SCHEMAS = (
     " -> (Tensor routed, Tensor pooled, Tensor weights)",
     "routing_aggregation_backward(Tensor grad_routed, Tensor grad_pooled, Tensor facts, Tensor emotions,"
     " Tensor weights) -> (Tensor grad_facts, Tensor grad_emotions, Tensor grad_logits)",
+    "factored_hidden_forward(Tensor weights, Tensor values, Tensor visual) -> Tensor",
+    "factored_hidden_backward(Tensor grad_hidden, Tensor weights, Tensor values, Tensor visual)"
+    " -> (Tensor grad_weights, Tensor grad_values, Tensor grad_visual)",
     "folded_encoder_forward(Tensor video, Tensor? triplets, Tensor? similarity, Tensor? groups, Tensor[] weights,"
     " int[] sizes, float norm_eps, bool explain) -> (Tensor tokens, Tensor emotion_logits, Tensor component_weights,"
     " Tensor triplet_weights, Tensor routing_weights, Tensor emotion_distribution, Tensor fact_gate,"

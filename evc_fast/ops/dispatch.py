@@ -18,7 +18,7 @@ from evc_fast.ops._library import EXTENSION, EXTENSION_MISSING
 
 Impl = Literal["reference", "cpp"]
 
-OPS = ("entropy_calibration", "emotion_attention", "routing_aggregation")
+OPS = ("entropy_calibration", "factored_hidden", "emotion_attention", "routing_aggregation")
 SERVED = (*OPS, "folded_encoder")
 FLOATING_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float64)

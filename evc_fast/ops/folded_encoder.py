@@ -110,7 +110,6 @@ def _compiled(video, triplets, similarity, groups, weights, options, packed, exp
     )
 
 
-@functools.lru_cache(maxsize=64)
 def _flags(options: FoldedOptions, projected: bool) -> list[int]:
     o = options
     flags = projected, o.retrieval, o.emotion_augmentation, o.bias_adjustment, o.emotion_first, o.video_router
@@ -176,7 +175,7 @@ def pack_folded_encoder(weights: FoldedWeights, options: FoldedOptions) -> list[
         vector(w.visual_bias, *visual),
         matrix(w.triplet_weight, d, d),
         matrix(hidden, w.ffn_weight.shape[1], *router),
-        torch.empty(0, dtype=accumulate) if w.router_bias is None else w.router_bias.to(accumulate),
+        torch.empty(0, dtype=accumulate) if w.router_bias is None else w.router_bias.to(accumulate, copy=True),
         matrix(w.ffn_weight, d),
         vector(w.ffn_bias, d),
         vector(w.norm_weight, d),
@@ -193,7 +192,7 @@ def pack_folded_encoder(weights: FoldedWeights, options: FoldedOptions) -> list[
         vector(w.head_bias, words),
         matrix(w.memory_weight, *memory),
         pack_weight(w.output_weight[None]).flatten(),
-        w.output_bias.to(accumulate).flatten(),
+        w.output_bias.to(accumulate, copy=True).flatten(),
     ]
 
 
@@ -207,7 +206,7 @@ def _pad_rows(x: Tensor, sections: list[int] | tuple[int, ...]) -> Tensor:
 def _forward_fake(video, triplets, similarity, groups, weights, sizes, norm_eps, explain):
     k, words, d, _, _, _, _, queries, output_width, _, retrieval, emotions, *_ = sizes
     batch, frames, _ = video.shape
-    stored = weights[7]
+    stored = weights[7]  # the FFN's, which always exists: its type is that of all weights
     shown = batch if explain else 0
     return (
         stored.new_empty(batch, queries, output_width),
@@ -242,5 +241,5 @@ def _forward_flops(video_shape, triplets_shape, similarity_shape, groups_shape, 
         products += attending * d * (2 * words + 2 * frames + (0 if emotion_first else d)) + d * words
         products += frames * d * d * (2 if emotion_first and retrieval else 1)
     products += adjusts * d * d * (4 if emotions else 1)
-    products += tokens * d * memory + queries * d * (2 * (tokens + frames) // 2) + queries * d * output_width
+    products += tokens * d * memory + queries * d * (tokens + frames) + queries * d * output_width
     return 2 * video_shape[0] * products

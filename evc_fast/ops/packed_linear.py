@@ -19,11 +19,14 @@ _ACTIVATIONS = ("none", "gelu", "quick_gelu")  # the order of csrc/ops.h
 
 
 class PackedLinear:
-    """A linear map with fixed weights, for inference on the CPU.
+    """A linear map with fixed weights, for inference on the CPU; ``F.linear`` and the activation say what it means.
+
+    Unlike the ops it has no reference to fall back on: packed weights exist for the compiled kernel alone.
 
     Args:
         weight: [out, in]; float32, bfloat16 or float64, on the CPU. Its type is the storage of the packed weights;
-            inputs, bias and outputs have the type it accumulates in: float32, float64 for float64.
+            inputs, bias and outputs have the type it accumulates in: float32, float64 for float64. Where the processor
+            multiplies bfloat16 (AVX512-BF16), inputs of bfloat16 weights are rounded to it first.
         bias: [out] or None, any floating type.
         activation: applied to product and bias: "none", "gelu" (exact) or "quick_gelu" (x sigmoid(1.702 x)).
 
@@ -52,15 +55,16 @@ class PackedLinear:
         Raises:
             TypeError, ValueError: type, size or device do not fit.
         """
-        _check("input", input, (*input.shape[:-1], self.in_features), self.dtype)
+        lead = input.shape[:-1] if isinstance(input, Tensor) else ()
+        _check("input", input, (*lead, self.in_features), self.dtype)
         rows = input.reshape(-1, self.in_features)
         if residual is not None:
-            _check("residual", residual, (*input.shape[:-1], self.out_features), self.dtype)
+            _check("residual", residual, (*lead, self.out_features), self.dtype)
             residual = residual.reshape(-1, self.out_features)
         output = torch.ops.evc_fast.packed_linear(
             rows, self.packed, self.bias, residual, self.out_features, self.activation
         )
-        return output.view(*input.shape[:-1], self.out_features)
+        return output.view(*lead, self.out_features)
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:

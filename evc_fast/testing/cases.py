@@ -11,12 +11,13 @@ from torch import Tensor
 
 from evc_fast import ops, reference
 
-# The paper's sizes: K triplets, N frames, W emotion words, width d, heads, text features D.
-PAPER = {"K": 4, "N": 16, "W": 179, "d": 300, "heads": 4, "D": 512}
+# The paper's sizes: K triplets, N frames, W emotion words, width d, heads, text features D, T = 3 heads, FFN's width F.
+PAPER = {"K": 4, "N": 16, "W": 179, "d": 300, "heads": 4, "D": 512, "T": 12, "F": 1200}
 
 # Which outputs of an op have gradients.
 DIFFERENTIABLE = {
     "entropy_calibration": (True, False, False),
+    "factored_hidden": (True,),
     "emotion_attention": (True,),
     "routing_aggregation": (True, True, False),
 }
@@ -108,8 +109,18 @@ def _routing_inputs(case: Case, generator: torch.Generator) -> list[Tensor]:
     ]
 
 
+def _hidden_inputs(case: Case, generator: torch.Generator) -> list[Tensor]:
+    batch, count, frames, terms, width = (case.sizes[s] for s in ("B", "K", "N", "T", "F"))
+    return [
+        _normal(generator, batch, count, frames, terms).softmax(-1),
+        case.scale * _normal(generator, batch, count, terms, width),
+        case.scale * _normal(generator, batch, frames, width),
+    ]
+
+
 _MAKERS: dict[str, Callable[[Case, torch.Generator], list[Tensor]]] = {
     "entropy_calibration": _entropy_inputs,
+    "factored_hidden": _hidden_inputs,
     "emotion_attention": _emotion_inputs,
     "routing_aggregation": _routing_inputs,
 }
@@ -138,6 +149,10 @@ def _emotion(name: str, B: int, K: int, N: int, W: int, d: int, heads: int, **re
     return Case("emotion_attention", name, sizes, {"num_heads": heads}, **rest)
 
 
+def _hidden(name: str, B: int, K: int, N: int, T: int, F: int, **rest: Any) -> Case:
+    return Case("factored_hidden", name, {"B": B, "K": K, "N": N, "T": T, "F": F}, **rest)
+
+
 def _routing(name: str, B: int, K: int, N: int, d: int, **rest: Any) -> Case:
     return Case("routing_aggregation", name, {"B": B, "K": K, "N": N, "d": d}, **rest)
 
@@ -163,6 +178,16 @@ CASES = (
     _entropy("tiny-entropy", 2, 4, 19, special="tiny_entropy"),
     _entropy("negative-similarity", 2, 4, 48, special="negative_similarity"),
     _entropy("dominant-similarity", 2, 4, 48, special="dominant_similarity"),
+    _hidden("paper", 2, 4, 16, 12, 1200),
+    _hidden("paper-one", 1, 4, 16, 12, 1200),
+    _hidden("odd", 3, 3, 7, 9, 37),
+    _hidden("tiny", 1, 1, 1, 1, 1, scale=2.0),
+    _hidden("one-triplet", 3, 1, 5, 3, 64),
+    _hidden("one-frame", 2, 4, 1, 6, 21),
+    _hidden("many-frames", 2, 2, 67, 4, 33),
+    _hidden("many-terms", 2, 2, 5, 101, 19),
+    _hidden("saturated", 2, 2, 5, 6, 40, scale=30.0),
+    _hidden("empty", 0, 4, 16, 12, 1200),
     _emotion("paper", 2, 4, 16, 179, 300, 4),
     _emotion("paper-one", 1, 4, 16, 179, 300, 4),
     _emotion("chunks", 9, 2, 5, 21, 24, 2),

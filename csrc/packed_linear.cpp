@@ -1,12 +1,8 @@
 // Tensors in, tensors out: packed weights and products with them.
-#include <cstring>
-
 #include "tensors.h"
 
 namespace evc {
 namespace {
-
-constexpr int64_t kBlockRows = 64;  // as in cpu/packed.h: rows of a task
 
 Tensor pack_weight(const Tensor& weight_) {
   check_first(weight_, "weight", 3);
@@ -56,23 +52,4 @@ Tensor packed_linear(const Tensor& input_, const Tensor& packed_, const std::opt
 STABLE_TORCH_LIBRARY_IMPL(evc_fast, CPU, m) {
   m.impl("pack_weight", TORCH_BOX(&evc::pack_weight));
   m.impl("packed_linear", TORCH_BOX(&evc::packed_linear));
-}
-
-// A number that changes with the bits of `samples` evenly spaced elements of each of `count` arrays, both ends included
-// (all elements where it has no more): FNV-1a by elements. lengths: elements; sizes: bytes of one, at most 8.
-extern "C" __attribute__((visibility("default"))) uint64_t evc_fast_digest(int64_t count, const void* const* arrays,
-                                                                           const int64_t* lengths, const int64_t* sizes,
-                                                                           const int64_t* samples) {
-  uint64_t hash = 1469598103934665603u;
-  for (int64_t a = 0; a < count; ++a) {
-    const int64_t taken = std::min(lengths[a], samples[a]);
-    const int64_t step = taken > 1 ? (lengths[a] - 1) / (taken - 1) : 0;
-    for (int64_t i = 0; i < taken; ++i) {
-      const int64_t at = i < taken - 1 ? i * step : lengths[a] - 1;
-      uint64_t bits = 0;
-      memcpy(&bits, static_cast<const char*>(arrays[a]) + at * sizes[a], static_cast<size_t>(sizes[a]));
-      hash = (hash ^ bits) * 1099511628211u;
-    }
-  }
-  return hash;
 }
