@@ -1,15 +1,34 @@
 // Tensors in, tensors out: packed weights and products with them.
 #include "tensors.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace evc {
 namespace {
+
+// Uninitialised, on pages of 2 MB where the system gives them and it is large enough to hold any. Weights are read from
+// memory once a call, and a product that reads them fast waits for the translation of one 4 KB page after the other.
+Tensor weight_buffer(const Tensor& like, int64_t elements) {
+  Tensor buffer = empty(like, {elements});
+#if defined(__linux__)
+  constexpr uintptr_t kPage = uintptr_t(2) << 20;
+  const auto begin = reinterpret_cast<uintptr_t>(buffer.data_ptr()), end = begin + buffer.numel() * buffer.element_size();
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = end / kPage * kPage;
+  // It may decline: then the pages are small ones.
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return buffer;
+}
 
 Tensor pack_weight(const Tensor& weight_) {
   check_first(weight_, "weight", 3);
   const Dtype dtype = dtype_of(weight_);
   const int64_t groups = weight_.size(0), columns = weight_.size(1), depth = weight_.size(2);
   Tensor weight = checked(weight_, "weight", {groups, columns, depth}, weight_.scalar_type());
-  Tensor packed = empty(weight, {groups, kernels().packed_size[dtype](columns, depth)});
+  const int64_t size = kernels().packed_size[dtype](columns, depth);
+  Tensor packed = torch::stable::view(weight_buffer(weight, groups * size), {groups, size});
   run(kernels().pack[dtype], PackArgs{columns, depth, weight.data_ptr(), packed.data_ptr()}, groups);
   return packed;
 }
@@ -50,6 +69,7 @@ Tensor packed_linear(const Tensor& input_, const Tensor& packed_, const std::opt
 }  // namespace evc
 
 STABLE_TORCH_LIBRARY_IMPL(evc_fast, CPU, m) {
+  m.impl("weight_buffer", TORCH_BOX(&evc::weight_buffer));
   m.impl("pack_weight", TORCH_BOX(&evc::pack_weight));
   m.impl("packed_linear", TORCH_BOX(&evc::packed_linear));
 }

@@ -17,6 +17,7 @@ from evc_fast.reference._dtypes import accumulate_dtype
 from evc_fast.reference.folded_encoder import FoldedOptions, FoldedOutput, FoldedWeights, visual_sections
 from evc_fast.reference.folded_encoder import folded_encoder as reference
 
+_LINE = 64  # bytes of a cache line
 _PAD = 32  # kFoldedPad of csrc/ops.h: the columns of every section, whatever the instruction set
 
 
@@ -168,14 +169,14 @@ def pack_folded_encoder(weights: FoldedWeights, options: FoldedOptions) -> list[
     gates = [d] * (0 if gate is None else len(gate) // d)
     emotions = [d] * (0 if w.emotion_weight is None else len(w.emotion_weight) // d)
     router = [] if w.router_bias is None else [o.num_groups**2]
-    return [
+    parts = [
         matrix(w.video_weight, d),
         vector(w.video_bias, d),
         matrix(w.visual_weight, *visual),
         vector(w.visual_bias, *visual),
         matrix(w.triplet_weight, d, d),
         matrix(hidden, w.ffn_weight.shape[1], *router),
-        torch.empty(0, dtype=accumulate) if w.router_bias is None else w.router_bias.to(accumulate, copy=True),
+        torch.empty(0, dtype=accumulate) if w.router_bias is None else w.router_bias.to(accumulate),
         matrix(w.ffn_weight, d),
         vector(w.ffn_bias, d),
         vector(w.norm_weight, d),
@@ -192,8 +193,26 @@ def pack_folded_encoder(weights: FoldedWeights, options: FoldedOptions) -> list[
         vector(w.head_bias, words),
         matrix(w.memory_weight, *memory),
         pack_weight(w.output_weight[None]).flatten(),
-        w.output_bias.to(accumulate, copy=True).flatten(),
+        w.output_bias.to(accumulate).flatten(),
     ]
+    return _together(parts)
+
+
+def _together(parts: list[Tensor]) -> list[Tensor]:
+    """Copies of the parts, those of a type in one buffer: it is large enough for large pages, which no part may be."""
+    sizes = [-(-part.nbytes // _LINE) * _LINE // part.element_size() for part in parts]
+    copies = []
+    totals: dict[torch.dtype, int] = {}
+    for part, size in zip(parts, sizes, strict=True):
+        totals[part.dtype] = totals.get(part.dtype, 0) + size
+    like = parts[0]
+    buffers = {dtype: torch.ops.evc_fast.weight_buffer(like.to(dtype), total) for dtype, total in totals.items()}
+    used = dict.fromkeys(buffers, 0)
+    for part, size in zip(parts, sizes, strict=True):
+        begin = used[part.dtype]
+        copies.append(buffers[part.dtype][begin : begin + part.numel()].copy_(part))
+        used[part.dtype] = begin + size
+    return copies
 
 
 def _pad_rows(x: Tensor, sections: list[int] | tuple[int, ...]) -> Tensor:
