@@ -29,7 +29,11 @@ PRODUCTS = ("own", "onednn", "torch")
 # The first that runs is taken. Measured on AVX2, one thread, the whole of ViT-B/32 in float32: own 1.05 times oneDNN's
 # speed, 1.08 times torch's. In bfloat16 oneDNN has the matrix units (AMX) too, and own multiplies without any bfloat16
 # instruction at float32's speed, where torch's product takes several times as long.
-_PREFERENCE = {torch.float32: ("own", "onednn", "torch"), torch.bfloat16: ("onednn", "own", "torch")}
+_PREFERENCE = {
+    torch.float32: ("own", "onednn", "torch"),
+    torch.bfloat16: ("onednn", "own", "torch"),
+    torch.float64: ("own", "torch"),
+}
 
 _QUICK_GELU = 1.702
 _ACTIVATIONS = ("quick_gelu", "gelu")
@@ -69,6 +73,11 @@ def obstacle(clip: nn.Module) -> str:
         return f"its activation is {config.hidden_act!r}, not {' or '.join(map(repr, _ACTIVATIONS))}"
     if config.num_channels != 3:
         return f"its images have {config.num_channels} channels, not 3"
+    for part in (clip.vision_model, clip.visual_projection):
+        for name, module in part.named_modules():
+            # An adapter wraps a linear map; transformers' own and torch's modules are what is folded here.
+            if type(module).__module__.partition(".")[0] not in ("transformers", "torch"):
+                return f"its {name} is a {type(module).__name__}, which is not CLIP's"
     return ""
 
 
