@@ -340,8 +340,8 @@ def table(record: dict, ceilings: dict) -> Table:
         over = float(rows[order.index(ours[0])][7])
         verdict = "reached" if ratio >= TARGET else "missed at this machine's limit" if over <= 1.1 else "missed"
         said.append(
-            f"C5: target >= {TARGET:g}x {BASELINE} (with bfloat16 instructions), or within 10 % of the machine's limit; "
-            f"measured {ratio:.2f}x by {ours[0]}, {over:.2f} times the floor: {verdict}."
+            f"C5: target >= {TARGET:g}x {BASELINE} (with bfloat16 instructions), or within 10 % of the machine's "
+            f"limit; measured {ratio:.2f}x by {ours[0]}, {over:.2f} times the floor: {verdict}."
         )
     for dtype in dict.fromkeys(dtype_name(ENGINES[name].dtype) for name in order):
         peak, whose = peak_of(record, ceilings, dtype)

@@ -250,8 +250,8 @@ def table(record: dict) -> Table:
     if eager and OURS in record["seconds"] and record["batch"] == TARGET_BATCH:
         ratio = eager["step"] / record["seconds"][OURS]["step"]
         notes.append(
-            f"C3, B = {TARGET_BATCH}, dropout {record['dropout']:g}: target >= {TARGET}x {EAGER}; measured {ratio:.2f}x, "
-            + ("reached." if ratio >= TARGET else "missed.")
+            f"C3, B = {TARGET_BATCH}, dropout {record['dropout']:g}: target >= {TARGET}x {EAGER}; measured "
+            f"{ratio:.2f}x, " + ("reached." if ratio >= TARGET else "missed.")
         )
     title = f"B = {record['batch']}, dropout {record['dropout']:g}, float32"
     return Table(f"{title}, {record['turns']} turns", columns, rows, notes)
