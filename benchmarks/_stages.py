@@ -8,6 +8,7 @@ FLOPs.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -65,7 +66,8 @@ class ProbedPipeline(CaptionPipeline):
     def folded(self) -> Iterator[None]:
         """Inside the `with` an explicit fold runs in the encoder's place: under a counter the encoder makes none."""
         encoder = self.model.encoder
-        encoder.forward = encoder.fold().forward
+        # A copy does not ask after its encoder, which from here on has a forward of its own.
+        encoder.forward = copy.deepcopy(encoder.fold()).forward
         try:
             yield
         finally:

@@ -72,7 +72,7 @@ def test_h_in_factors_takes_the_cheaper_order(batch):
     shapes = (batch, k, n, 3 * heads), (heads, batch, k, 3, d // heads), (d, d), (d,), (out, d)
     p, v, w_o, b_o, w = (torch.randn(shape, generator=g, dtype=torch.float64) for shape in shapes)
     with FlopCounterMode(display=False) as counter:
-        got = FactoredHidden(p, v, w_o, b_o).times(w)
+        got = p @ FactoredHidden(p, v, w_o, b_o).mapped(w)
     by_head = p.unflatten(3, (3, heads)).permute(0, 1, 4, 2, 3) @ v.permute(
         1, 2, 0, 3, 4
     )  # [B, K, heads, N, d / heads]

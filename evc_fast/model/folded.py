@@ -231,6 +231,8 @@ class SelfFolding:
             or is_in_torch_dispatch_mode()
             or torch._C._functorch.peek_interpreter_stack() is not None
             or forward_ad._current_level >= 0
+            or _global_forward_hooks
+            or _global_forward_pre_hooks
             or any(x is not None and type(x) is not Tensor for x in inputs)
             or (torch.is_grad_enabled() and _wants_gradient(encoder, inputs))
         ):
@@ -266,7 +268,7 @@ class _State:
 
     def disturbed(self) -> bool:
         """Whether a module trains, has a forward of its own, or a hook that only its own forward runs."""
-        return bool(_global_forward_hooks or _global_forward_pre_hooks) or any(map(_disturbance, self._stamp.modules))
+        return any(map(_disturbance, self._stamp.modules))
 
     def _read(self, encoder: FaceNetEncoder) -> tuple:
         norm, activation = vars(encoder.fact_norm).get("eps"), vars(encoder.ffn[1]).get("approximate")

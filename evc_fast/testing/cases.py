@@ -181,7 +181,7 @@ CASES = (
     _hidden("paper", 2, 4, 16, 12, 1200),
     _hidden("paper-one", 1, 4, 16, 12, 1200),
     _hidden("odd", 3, 3, 7, 9, 37),
-    _hidden("tiny", 1, 1, 1, 1, 1, scale=2.0),
+    _hidden("tiny", 1, 1, 1, 1, 1, scale=0.05),
     _hidden("one-triplet", 3, 1, 5, 3, 64),
     _hidden("one-frame", 2, 4, 1, 6, 21),
     _hidden("many-frames", 2, 2, 67, 4, 33),
