@@ -53,8 +53,8 @@ def draw(report: dict, path: Path) -> Path:
     here = f"{machine.get('device_name', 'this machine')}, {machine.get('threads', '?')} threads"
     legend = [
         Patch(color=PUBLISHED_COLOUR, label=f"published, {GPU}"),
-        Patch(color=REFERENCE_COLOUR, label=f"reference ops, {here}"),
-        Patch(color=OURS_COLOUR, label=f"evc_fast ops, {here}"),
+        Patch(color=REFERENCE_COLOUR, label=f"plain PyTorch and transformers, {here}"),
+        Patch(color=OURS_COLOUR, label=f"evc_fast, {here}"),
     ]
     title = "Table 6: a caption's time and memory"
     if report["quick"]:

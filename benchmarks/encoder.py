@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import json
 import os
 import sys
 import tempfile
@@ -27,10 +26,10 @@ import torch
 from _bytes import nbytes
 from _encoder_rows import BASELINE, COUNTED, F32, ROWS, Inputs, Row, Run, Subject
 from _machine import best_seconds, describe, dtype_name, measure_ceilings
+from _page import publish, terminal
 from _report import MISSING, Table, count, milliseconds
 from _stages import flop_counter
 from efficiency import better_of
-from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -397,9 +396,7 @@ def main(argv: list[str] | None = None, sizes: dict | None = None) -> int:
     """`sizes`: options of `build_encoder` other than the paper's, for a trial."""
     arguments = parse_arguments(argv)
     torch.set_num_threads(arguments.threads)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
+    console = terminal(160)
     names = [n for n in arguments.rows if not (arguments.no_compile and n in ("torch.compile", "pt2"))]
     dtypes = list(dict.fromkeys([F32, *(ROWS[name].dtype for name in names)]))
     machine = describe("cpu", arguments.threads) | {"kernels_isa": dispatch.cpu_isa(), "load": os.getloadavg()[0]}
@@ -424,22 +421,8 @@ def main(argv: list[str] | None = None, sizes: dict | None = None) -> int:
     products = measure_products(arguments.batch)
     shown, reached = [*(table(record) for record in records), product_table(products)], judgements(records)
     said = disturbances(records, machine) + notes(machine["ceilings"])
-    for each in shown:
-        console.print(each.rich())
-        for note in each.notes:
-            console.print(f"- {note}", markup=False, highlight=False)
-    for line in (*reached, *said):
-        console.print(f"- {line}", markup=False, highlight=False)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    head = [f"Date: {machine['date']}"]
-    head += [f"Device: {machine['device_name']}, {machine['threads']} threads, kernels: {machine['kernels_isa']}"]
-    head += ["Versions: " + ", ".join(f"{name} {version}" for name, version in machine["versions"].items()), *said]
-    page = ["# The encoder, measured", "", *(f"- {line}" for line in head), "", *(t.markdown() for t in shown)]
-    page += ["## Targets", "", *(f"- {line}" for line in reached), ""]
     report = {"machine": machine, "records": records, "products": products, "targets": reached}
-    (arguments.out / "encoder.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    (arguments.out / "encoder.md").write_text("\n".join(page), encoding="utf-8")
-    console.print(f"Written: {arguments.out / 'encoder.json'}, {arguments.out / 'encoder.md'}", highlight=False)
+    publish(console, arguments.out, "encoder", "The encoder, measured", report, shown, said, reached)
     return 1 if any(record["failed"] for record in records) else 0
 
 

@@ -15,7 +15,6 @@ import copy
 import functools
 import gc
 import importlib.metadata
-import json
 import sys
 import tempfile
 import time
@@ -27,8 +26,8 @@ from typing import Any
 import torch
 from _clip import moving_frames
 from _machine import best_seconds, describe, dtype_name, measure_ceilings, missing_package
+from _page import publish, terminal
 from _report import MISSING, Table, milliseconds
-from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -359,9 +358,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     torch.set_num_threads(arguments.threads)
     torch.set_grad_enabled(False)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
+    console = terminal(160)
     machine = describe("cpu", arguments.threads) | {"kernels_isa": dispatch.cpu_isa()}
     for package in ("onnxruntime", "openvino"):
         if not missing_package(package):
@@ -371,20 +368,9 @@ def main(argv: list[str] | None = None) -> int:
         machine["ceilings"] = ceilings = measure_ceilings("cpu", dtypes)
         records = [measure(shape, arguments, status.update) for shape in arguments.shape]
     shown = [table(record, ceilings) for record in records]
-    for made in shown:
-        console.print(made.rich())
-        for note in made.notes:
-            console.print(f"- {note}", markup=False, highlight=False)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    head = [f"Date: {machine['date']}", "Random weights, biases and norms; time does not depend on them."]
-    head.append(f"Device: {machine['device_name']}, {machine['threads']} threads, torch {machine['isa']}")
-    head.append("Versions: " + ", ".join(f"{name} {version}" for name, version in machine["versions"].items()))
-    page = ["# The image tower, measured", "", *(f"- {line}" for line in head), "", *(t.markdown() for t in shown)]
+    said = ["Random weights, biases and norms; time does not depend on them."]
     report = {"machine": machine, "records": records}
-    (arguments.out / "image_tower.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    (arguments.out / "image_tower.md").write_text("\n".join(page), encoding="utf-8")
-    paths = f"{arguments.out / 'image_tower.json'}, {arguments.out / 'image_tower.md'}"
-    console.print(f"Written: {paths}", highlight=False)
+    publish(console, arguments.out, "image_tower", "The image tower, measured", report, shown, said)
     return 1 if any(record["failed"] for record in records) else 0
 
 

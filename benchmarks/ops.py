@@ -11,7 +11,6 @@ in the same run: the larger of its matrix products at the matrix peak, and a cop
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -19,8 +18,8 @@ from pathlib import Path
 
 import torch
 from _machine import best_seconds, describe, dtype_name, measure_ceilings, synchronise
+from _page import publish, terminal
 from _report import MISSING, Table, milliseconds
-from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
@@ -198,9 +197,7 @@ def notes(machine: dict) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     torch.set_num_threads(arguments.threads)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
+    console = terminal()
     dtypes = [DTYPES[name] for name in arguments.dtype]
     machine = describe(arguments.device, arguments.threads) | {"kernels_isa": dispatch.cpu_isa()}
     machine["ceilings"] = measure_ceilings(arguments.device, list({torch.float32, *dtypes}))
@@ -213,20 +210,8 @@ def main(argv: list[str] | None = None) -> int:
             progress.update(task, description=f"{op} B={batch} {dtype_name(dtype)}")
             records.append(measure(benchmark_case(op, batch), dtype, arguments, peaks[dtype_name(dtype)]))
             progress.advance(task)
-    shown, said = tables(records), notes(machine)
-    for table in shown:
-        console.print(table.rich())
-    for note in (*said, *(note for table in shown for note in table.notes)):
-        console.print(f"- {note}", markup=False, highlight=False)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    head = [f"Date: {machine['date']}"]
-    head += [f"Device: {machine['device_name']}, {machine['threads']} threads, kernels: {machine['kernels_isa']}"]
-    head += ["Versions: " + ", ".join(f"{name} {version}" for name, version in machine["versions"].items()), *said]
-    page = ["# The fused ops, measured", "", *(f"- {line}" for line in head), "", *(t.markdown() for t in shown)]
     report = {"machine": machine, "records": records}
-    (arguments.out / "ops.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    (arguments.out / "ops.md").write_text("\n".join(page), encoding="utf-8")
-    console.print(f"Written: {arguments.out / 'ops.json'}, {arguments.out / 'ops.md'}", highlight=False)
+    publish(console, arguments.out, "ops", "The fused ops, measured", report, tables(records), notes(machine))
     return 1 if any(r["failed"] for r in records) else 0
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import sys
 import time
 from collections import defaultdict
@@ -25,8 +24,8 @@ from unittest import mock
 
 import torch
 from _machine import describe, measure_ceilings, synchronise
+from _page import publish, terminal
 from _report import MISSING, Table, count, milliseconds
-from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -278,9 +277,7 @@ def notes(machine: dict) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     torch.set_num_threads(arguments.threads)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
+    console = terminal()
     machine = describe(arguments.device, arguments.threads) | {"kernels_isa": dispatch.cpu_isa()}
     machine["ceilings"] = measure_ceilings(arguments.device, [torch.float32])
     peak = machine["ceilings"]["matrix_flops_per_s"]["float32"]
@@ -294,21 +291,9 @@ def main(argv: list[str] | None = None) -> int:
             progress.advance(task)
     shown = [table(record) for record in records]
     shown += [profile_table(record) for record in records if "profile" in record]
-    said = notes(machine)
-    for each in shown:
-        console.print(each.rich())
-    for note in (*said, *(note for each in shown for note in each.notes)):
-        console.print(f"- {note}", markup=False, highlight=False)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    head = [f"Date: {machine['date']}"]
-    head += [f"Device: {machine['device_name']}, {machine['threads']} threads, kernels: {machine['kernels_isa']}"]
-    head += ["Versions: " + ", ".join(f"{name} {version}" for name, version in machine["versions"].items()), *said]
-    page = ["# A training step of the encoder, measured", "", *(f"- {x}" for x in head), ""]
-    page += [each.markdown() for each in shown]
     report = {"machine": machine, "records": records}
-    (arguments.out / "training.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    (arguments.out / "training.md").write_text("\n".join(page), encoding="utf-8")
-    console.print(f"Written: {arguments.out / 'training.json'}, {arguments.out / 'training.md'}", highlight=False)
+    title = "A training step of the encoder, measured"
+    publish(console, arguments.out, "training", title, report, shown, notes(machine))
     return 1 if any(record["failed"] for record in records) else 0
 
 

@@ -16,16 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from evc_fast.model import FaceNetConfig, FaceNetEncoder
 from evc_fast.testing.encoder_cases import ENCODER_OPTIONS, ENCODER_SIZES, build_encoder, encoder_inputs
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 IMPLS = [None, "reference"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The tensors here are so small that threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # --- The paper's equations, one video at a time, one triplet at a time -----------------------------

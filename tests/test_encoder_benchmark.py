@@ -18,21 +18,14 @@ import encoder  # noqa: E402
 
 from evc_fast.testing.encoder_cases import build_encoder  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OWN = ("unfolded", "eager-folded", "eager-folded-bf16", "ours", "ours-bf16")
 CEILINGS = {
     "read_bytes_per_s": 10e9,
     "matrix_flops_per_s_library": {"float32": 100e9, "bfloat16": 5e9},
     "matrix_flops_per_s_packed": {"float32": 120e9, "bfloat16": 110e9},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The tensors here are small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -14,14 +14,7 @@ from evc_fast.model.dropout import Dropout
 from evc_fast.testing.encoder_cases import ENCODER_OPTIONS, ENCODER_SIZES, build_encoder, encoder_inputs
 from evc_fast.testing.tolerances import FORWARD_FACTOR, GRADIENT_FACTOR, assert_as_good_as_plain
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The tensors here are so small that threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def evaluate(encoder: FaceNetEncoder, arguments: list[Tensor | None], impl: str | None) -> dict[str, Tensor]:

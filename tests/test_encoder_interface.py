@@ -14,14 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from evc_fast.model import FaceNetConfig, FaceNetEncoder
 from evc_fast.testing.encoder_cases import ENCODER_OPTIONS, ENCODER_WIDTHS, build_encoder, encoder_inputs
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The tensors here are so small that threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- Configuration ---------------------------------------------------------------------------------

@@ -18,21 +18,14 @@ from evc_fast.export.graph import GRAPHS, encoder_graph
 from evc_fast.export.parity import Reference
 from evc_fast.testing.encoder_cases import ENCODER_OPTIONS, build_encoder, encoder_inputs
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 onnx = pytest.importorskip("onnx", reason="needs the export extra")
 pytest.importorskip("onnxscript", reason="needs the export extra")
 pytest.importorskip("onnxruntime", reason="needs the export extra")
 
 STRAIGHT = ExportOptions(graphs=("straight",))
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The tensors are small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def save(folder: Path, **options) -> Path:

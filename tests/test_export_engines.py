@@ -22,21 +22,14 @@ from evc_fast.export.__main__ import main
 from evc_fast.export.signature import Signature, TensorSpec
 from evc_fast.testing.encoder_cases import ENCODER_OPTIONS, build_encoder, encoder_inputs
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 for package in ("onnx", "onnxscript"):
     pytest.importorskip(package, reason="needs the export extra")
 ort = pytest.importorskip("onnxruntime", reason="needs the export extra")
 
 GPU = {"name": "Stand-in", "capability": "9.0"}
 STREAM = 4711
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The tensors are small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # TensorRT

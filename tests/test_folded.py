@@ -21,6 +21,8 @@ from evc_fast.testing.encoder_cases import (
 )
 from evc_fast.testing.tolerances import FORWARD_FACTOR, assert_as_good_as_plain, error_bound, largest_error
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BATCHES = (0, 1, 2, 3, 5)
 HAS_CPP = dispatch.implementations(dispatch.OPS[0])[0].available
 IMPLS = ["cpp", "reference"] if HAS_CPP else ["reference"]
@@ -34,15 +36,6 @@ SHAPES_OF_OPTIONS = [
     "emotion_first",
     "emotion_first_video_merge",
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The tensors here are so small that threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def relative_error(actual: Tensor, oracle: Tensor) -> float:

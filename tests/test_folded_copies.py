@@ -18,17 +18,10 @@ from evc_fast.model import FaceNetEncoder, FoldedEncoder
 from evc_fast.ops import dispatch
 from evc_fast.testing.encoder_cases import build_encoder, cast_inputs, encoder_inputs
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 HAS_CPP = dispatch.implementations(dispatch.OPS[0])[0].available
 needs_cpp = pytest.mark.skipif(not HAS_CPP, reason="built with EVC_FAST_NO_EXTENSION=1: nothing folds by itself")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The tensors here are so small that threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def made(dtype: torch.dtype = torch.float32) -> tuple[FaceNetEncoder, list[Tensor | None]]:

@@ -24,19 +24,12 @@ from evc_fast.testing.encoder_cases import (
     named_outputs,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 HAS_CPP = dispatch.implementations(dispatch.OPS[0])[0].available
 IMPLS = [None, "reference"]
 COMPILED = ["paper", *(pytest.param(o, marks=pytest.mark.slow) for o in ENCODER_OPTIONS if o != "paper")]
 needs_cpp = pytest.mark.skipif(not HAS_CPP, reason="built with EVC_FAST_NO_EXTENSION=1: there is no compiled encoder")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The tensors here are so small that threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def made(dtype: torch.dtype = torch.float32, batch: int = 2, **options) -> tuple[FoldedEncoder, list[Tensor | None]]:

@@ -11,6 +11,8 @@ from evc_fast.model import FaceNetConfig, FaceNetEncoder
 from evc_fast.ops.dispatch import implementations
 from evc_fast.testing.encoder_cases import ENCODER_OPTIONS, ENCODER_WIDTHS
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STEPS = 200
 BATCH = 2
 RELATIVE_TOLERANCE = 1e-4
@@ -56,15 +58,6 @@ def train(
 
 def relative_difference(losses: Tensor, reference: Tensor) -> float:
     return ((losses - reference) / reference).abs().max().item()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The batches are so small that threads would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # What the ops see is as in the paper (d, heads, K, N, W); the linear maps around them are narrower in the quick run.

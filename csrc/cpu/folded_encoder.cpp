@@ -150,15 +150,13 @@ struct Folded : FoldedLayout<S> {
   void explain_emotions(int64_t video, int64_t k, const T* gate, const T* weights) const {
     const int64_t copies = a.emotion_first ? a.K : 1;
     T* out = static_cast<T*>(a.emotion_distribution) + ((a.first + video) * a.K + k) * a.W;
-    for (int64_t w = 0; w < a.W; ++w) {
-      T sum = 0;
-      for (int64_t j = 0; j < a.N; ++j) {
-        T mean = 0;
-        for (int64_t i = 0; i < a.N; ++i) mean += gate[i * frames + j];
-        sum += mean / T(a.N) * weights[j * words + w];
-      }
-      for (int64_t copy = 0; copy < copies; ++copy) out[copy * a.W + w] = sum;
+    memset(out, 0, a.W * sizeof(T));
+    for (int64_t j = 0; j < a.N; ++j) {
+      T mean = 0;
+      for (int64_t i = 0; i < a.N; ++i) mean += gate[i * frames + j];
+      for (int64_t w = 0; w < a.W; ++w) out[w] += mean / T(a.N) * weights[j * words + w];
     }
+    for (int64_t copy = 1; copy < copies; ++copy) memcpy(out + copy * a.W, out, a.W * sizeof(T));
   }
   void emotions_of_frames(int64_t v, const Scratch& s) const {
     augment(v, 1, 1, products + v * a.N * visual_columns + emotion_query_at, visual_columns, visual + v * a.N * d,

@@ -92,8 +92,8 @@ class ImageTower(nn.Module):
     release: leaves `clip`'s image tower and projection without their weights, on the meta device in `dtype`. Each layer
     is freed as soon as it is packed, so that two copies of the whole never exist.
 
-    With packed float32 weights a frame's feature is the same to the bit beside any other frames and with any number of
-    threads. Attributes: dtype, product, image_size (pixels).
+    With the own product a frame's feature is the same to the bit beside any other frames and with any number of
+    threads; oneDNN splits the rows of narrow towers by their number. Attributes: dtype, product, image_size (pixels).
 
     Raises ValueError where `obstacle(clip)` says why, where `clip` is not on a CPU, for a dtype that is not
     floating-point and for unknown products; RuntimeError for a `product` that this machine or build does not have.

@@ -36,6 +36,7 @@ class Stamp:
         self._tensors = tensors
         self._counted = [t for t in tensors if not t.is_inference()]
         self._digests = _Digest(self._counted), _Digest([t for t in tensors if t.is_inference()], every=True)
+        self._pointers = [t.data_ptr() for t in tensors]
         self._state = self._read()
 
     def matches(self) -> bool:
@@ -50,10 +51,8 @@ class Stamp:
 
     def _read(self) -> tuple:
         # Addresses first: a digest reads at those that it was made with.
-        pointers = [t.data_ptr() for t in self._tensors]
-        if pointers != getattr(self, "_pointers", pointers):
+        if [t.data_ptr() for t in self._tensors] != self._pointers:
             return ()
-        self._pointers = pointers
         versions = [t._version for t in self._counted]
         return versions, [t.stride() for t in self._tensors], *(digest() for digest in self._digests)
 
