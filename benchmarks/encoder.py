@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 from _bytes import nbytes
+from _encoder_parts import measure_parts, parts_table, seconds_of_parts
 from _encoder_rows import BASELINE, COUNTED, F32, ROWS, Inputs, Row, Run, Subject
 from _machine import best_seconds, describe, dtype_name, measure_ceilings
 from _page import publish, terminal
@@ -32,7 +33,6 @@ from _stages import flop_counter
 from efficiency import better_of
 from rich.progress import Progress
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from evc_fast.model import FaceNetConfig
 from evc_fast.ops import dispatch
@@ -247,8 +247,8 @@ def add_floors(record: dict, ceilings: dict) -> None:
         row["floor_from"] = rate if by_products >= by_bytes else reading
 
 
-def judged(target: Target, record: dict) -> str:
-    """One line on a target: reached, or how far the row is from this machine's limit."""
+def judged(target: Target, record: dict, parts: list[dict]) -> str:
+    """One line on a target: reached, or how far the row is from this machine's limit and from its parts' time."""
     wanted = f">= {target.ratio:g}x eager" + (f" or >= {target.share:.0%} of the peak" if target.share else "")
     line = f"{target.name}, B = {target.batch}, {dtype_name(ROWS[target.row].dtype)}: target {wanted}; "
     row = record["rows"].get(target.row)
@@ -261,12 +261,14 @@ def judged(target: Target, record: dict) -> str:
     else:
         line += "missed; " if over > NEAR_LIMIT else "missed at this machine's limit; "
     distance = "below" if over < 1 else f"within {over - 1:.0%} of" if over < 2 else f"{over:.1f} times"
-    return line + f"{distance} this machine's limit, {milliseconds(row['floor_s'])} ms from {row['floor_from']}"
+    line += f"{distance} this machine's limit, {milliseconds(row['floor_s'])} ms from {row['floor_from']}"
+    alone = seconds_of_parts(parts, target.batch)
+    return line + f"; its float32 parts alone, at their own shapes, take {alone / row['seconds']:.0%} of its time"
 
 
-def judgements(records: list[dict]) -> list[str]:
+def judgements(records: list[dict], parts: list[dict]) -> list[str]:
     by_batch = {record["batch"]: record for record in records}
-    return [judged(target, by_batch[target.batch]) for target in TARGETS if target.batch in by_batch]
+    return [judged(target, by_batch[target.batch], parts) for target in TARGETS if target.batch in by_batch]
 
 
 def table(record: dict) -> Table:
@@ -300,60 +302,6 @@ def table(record: dict) -> Table:
         if not fault
     ]
     return Table(f"Encoder and Q-former, B = {batch}, {record['turns']} turns", columns, rows, said)
-
-
-# Rows a video, depth and columns of the folded encoder's products, and what they are.
-PRODUCTS = (
-    (16, 512, 300, "V of the frames"),
-    (16, 300, 2229, "all products of V"),
-    (12, 512, 600, "keys and values of the triplets"),
-    (12, 75, 1216, "a head's values through the FFN and the router"),
-    (64, 1200, 300, "the FFN's second layer"),
-    (64, 300, 300, "Attn_c's q"),
-    (32, 300, 428, "Attn_d's scores and values"),
-    (32, 300, 2048, "the tokens"),
-)
-
-
-def measure_products(batches: Sequence[int]) -> list[dict]:
-    """FLOP/s of each product by the library (F.linear) and by ours, in turns, at each batch size."""
-    found = []
-    for batch in batches:
-        for rows, depth, columns, about in PRODUCTS:
-            data, weight, bias = torch.randn(batch * rows, depth), torch.randn(columns, depth), torch.randn(columns)
-            packed = functools.partial(PackedLinear(weight, bias), data)
-            runs = {"library": functools.partial(F.linear, data, weight, bias), "ours": packed}
-            best = dict.fromkeys(runs, float("inf"))
-            for _ in range(4):
-                for name, run in runs.items():
-                    best[name] = min(best[name], best_seconds(run, "cpu", budget=0.03))
-            rates = {name: 2 * batch * rows * depth * columns / seconds for name, seconds in best.items()}
-            found.append({"batch": batch, "about": about, "shape": [batch * rows, depth, columns], **rates})
-    return found
-
-
-def product_table(found: list[dict]) -> Table:
-    """Which of the two multiplies faster, a row a product."""
-    rows = [
-        [
-            str(each["batch"]),
-            each["about"],
-            " x ".join(map(str, each["shape"])),
-            f"{each['library'] / 1e9:,.0f}",
-            f"{each['ours'] / 1e9:,.0f}",
-            f"{each['ours'] / each['library']:.2f}",
-        ]
-        for each in found
-    ]
-    slower = [each["about"] for each in found if each["ours"] < each["library"]]
-    said = [f"Slower than the library: {', '.join(slower)}."] if slower else ["None is slower than the library's."]
-    said.append("Each alone with bias, weights in the caches, float32. The folded encoder takes ours for all of them.")
-    return Table(
-        "Its products, GFLOP/s",
-        ["B", "product", "rows x depth x columns", "library", "ours", "ours / library"],
-        rows,
-        said,
-    )
 
 
 def disturbances(records: list[dict], machine: dict) -> list[str]:
@@ -418,10 +366,11 @@ def main(argv: list[str] | None = None, sizes: dict | None = None) -> int:
         machine = better_of(machine, {"ceilings": ceilings_now(dtypes)})
     for record in records:
         add_floors(record, machine["ceilings"])
-    products = measure_products(arguments.batch)
-    shown, reached = [*(table(record) for record in records), product_table(products)], judgements(records)
+    parts = measure_parts(arguments.batch)
+    shown = [*(table(record) for record in records), *(parts_table(parts, batch) for batch in arguments.batch)]
+    reached = judgements(records, parts)
     said = disturbances(records, machine) + notes(machine["ceilings"])
-    report = {"machine": machine, "records": records, "products": products, "targets": reached}
+    report = {"machine": machine, "records": records, "parts": parts, "targets": reached}
     publish(console, arguments.out, "encoder", "The encoder, measured", report, shown, said, reached)
     return 1 if any(record["failed"] for record in records) else 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # as Python does for a script there
 
+import _encoder_parts  # noqa: E402
 import _encoder_rows  # noqa: E402
 import encoder  # noqa: E402
 
@@ -30,8 +32,10 @@ CEILINGS = {
 
 @pytest.fixture
 def ceilings(monkeypatch):
-    """Measuring the machine takes seconds: figures in its place."""
+    """Measuring the machine takes seconds: figures in its place, and few calls of each part."""
     monkeypatch.setattr(encoder, "ceilings_now", lambda dtypes: CEILINGS)
+    hasty = functools.partial(_encoder_parts.best_seconds, least=1, most=1)
+    monkeypatch.setattr(_encoder_parts, "best_seconds", lambda run, device, budget: hasty(run, device))
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +67,7 @@ def test_a_small_run(ceilings, tmp_path, capsys):
     for text in (printed, page):
         assert "C1, B = 1, float32: target >= 3x eager; measured" in text
         assert "C2" not in text  # no batch of 32 was run
+        assert "Its parts, B = 3" in text and "the FFN's second layer" in text
         assert "the same to the bit" in text
 
 
@@ -84,6 +89,13 @@ def test_the_papers_sizes():
     assert (made.num_frames, made.num_triplets, made.num_emotions) == (16, 4, 179)
     assert (made.dim, made.ffn_hidden_dim, made.num_queries, made.output_dim) == (300, 1200, 32, 2048)
     assert made.video_dim == made.text_dim == 512
+
+
+def test_the_parts_are_all_of_the_folded_products(tmp_path):
+    subject = _encoder_rows.Subject(encoder.PAPER, 1, tmp_path)
+    for batch in (1, 3):
+        executed = encoder.executed_flops(encoder.ROWS["ours"], subject, subject.inputs(batch))
+        assert sum(product.flops(batch) for product in _encoder_parts.PRODUCTS) == executed
 
 
 def test_the_fused_op_executes_what_its_plain_products_do(subject):
@@ -209,16 +221,18 @@ def record_of(eager, seconds, floor):
 )
 def test_targets_are_judged_as_they_are(eager, seconds, floor, words):
     target = encoder.Target("C1", 1, "ours", 3.0)
-    line = encoder.judged(target, record_of(eager, seconds, floor))
+    parts = [{"batch": 1, "seconds": {"library": 0.9, "ours": 0.5}}, {"batch": 1, "seconds": {"library": 0.1}}]
+    line = encoder.judged(target, record_of(eager, seconds, floor), parts)
     assert line.startswith(f"C1, B = 1, float32: target >= 3x eager; {words}")
+    assert line.endswith(f"its float32 parts alone, at their own shapes, take {0.6 / seconds:.0%} of its time")
     shared = dataclasses.replace(target, share=0.9)
     reached = seconds * 0.9 <= floor or eager >= 3 * seconds
-    assert ("reached" in encoder.judged(shared, record_of(eager, seconds, floor))) == reached
+    assert ("reached" in encoder.judged(shared, record_of(eager, seconds, floor), parts)) == reached
 
 
 def test_a_target_whose_row_was_not_timed_says_so():
     record = {"batch": 1, "rows": {"eager": {"seconds": 1.0}}}
-    assert encoder.judgements([record])[0] == "C1, B = 1, float32: target >= 3x eager; not measured"
+    assert encoder.judgements([record], [])[0] == "C1, B = 1, float32: target >= 3x eager; not measured"
 
 
 def test_a_busy_machine_is_told():
