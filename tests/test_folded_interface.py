@@ -180,8 +180,8 @@ def test_nothing_is_read_without_retrieval(impl):
 
 def test_an_unknown_impl_is_refused():
     folded, arguments = made()
-    with pytest.raises(ValueError, match='impl must be "reference", "cpp" or None'):
-        folded(*arguments, impl="cuda")
+    with pytest.raises(ValueError, match='impl must be "reference", "cpp", "triton", "cuda" or None'):
+        folded(*arguments, impl="fast")
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -17,14 +17,20 @@ NAMESPACE = "evc_fast"
 SCHEMAS = (
     "entropy_calibration_forward(Tensor triplets, Tensor similarity, Tensor? groups, bool self_refine,"
     " bool cross_refine) -> (Tensor calibrated, Tensor component_weights, Tensor triplet_weights)",
+    "entropy_calibration_inference(Tensor triplets, Tensor similarity, Tensor? groups, bool self_refine,"
+    " bool cross_refine) -> (Tensor calibrated, Tensor component_weights, Tensor triplet_weights)",
     "entropy_calibration_backward(Tensor grad_calibrated, Tensor triplets, Tensor similarity, Tensor? groups,"
     " bool self_refine, bool cross_refine) -> (Tensor grad_triplets, Tensor grad_similarity)",
     "emotion_attention_forward(Tensor query, Tensor key, Tensor value, Tensor gate_query, Tensor gate_key,"
     " int num_heads, bool keep_candidates) -> (Tensor context, Tensor candidates)",
+    "emotion_attention_inference(Tensor query, Tensor key, Tensor value, Tensor gate_query, Tensor gate_key,"
+    " int num_heads) -> Tensor",
     "emotion_attention_backward(Tensor grad_context, Tensor query, Tensor key, Tensor value, Tensor gate_query,"
     " Tensor gate_key, Tensor candidates, int num_heads)"
     " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_gate_query, Tensor grad_gate_key)",
     "routing_aggregation_forward(Tensor facts, Tensor emotions, Tensor logits)"
+    " -> (Tensor routed, Tensor pooled, Tensor weights)",
+    "routing_aggregation_inference(Tensor facts, Tensor emotions, Tensor logits)"
     " -> (Tensor routed, Tensor pooled, Tensor weights)",
     "routing_aggregation_backward(Tensor grad_routed, Tensor grad_pooled, Tensor facts, Tensor emotions,"
     " Tensor weights) -> (Tensor grad_facts, Tensor grad_emotions, Tensor grad_logits)",
@@ -44,11 +50,15 @@ LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 for _schema in SCHEMAS:
     LIBRARY.define(_schema)
 
+# Triton reads it too. The interpreter's kernels and the compiled ones cannot both serve CPU tensors.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EXTENSION_PATH = Path(__file__).resolve().parent.parent / "_C.abi3.so"
 
 
 def _load_extension() -> ctypes.CDLL | str:
     """The compiled kernels, or why they are not there."""
+    if INTERPRETED:
+        return "TRITON_INTERPRET=1 gives CPU tensors to Triton's interpreter: unset it"
     if not EXTENSION_PATH.exists():
         return "the compiled library is absent (built with EVC_FAST_NO_EXTENSION=1, or never built): pip install ."
     try:

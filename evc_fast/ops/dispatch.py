@@ -1,27 +1,36 @@
 """Which implementation serves an op: ``impl`` to callable, and the reasons that ``python -m evc_fast`` prints.
 
+- "reference": plain PyTorch, on any device, differentiable any number of times.
+- "cpp": the compiled CPU kernels.
+- "triton": Triton kernels for CUDA, forward and backward: training.
+- "cuda": compiled CUDA kernels without gradients: inference.
+
 An explicit ``impl`` that cannot run raises, and says what mends it. The automatic choice (``impl=None``) takes the
-fastest one that can serve the tensors' device and type, and logs once where that is not the compiled one.
+fastest one that can serve the tensors' device and type, and logs once where that is the reference.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
+from evc_fast.ops import _cuda, _triton
 from evc_fast.ops._library import EXTENSION, EXTENSION_MISSING
 
-Impl = Literal["reference", "cpp"]
+Impl = Literal["reference", "cpp", "triton", "cuda"]
+IMPLS = ("reference", "cpp", "triton", "cuda")
 
 OPS = ("entropy_calibration", "factored_hidden", "emotion_attention", "routing_aggregation")
 SERVED = (*OPS, "folded_encoder")
 FLOATING_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _logger = logging.getLogger("evc_fast")
 
@@ -31,61 +40,97 @@ class Implementation:
     """One implementation of an op, and whether it can run here."""
 
     name: str
-    available: bool
-    reason: str  # why it does not run here, and the remedy; "" when it does
+    missing: Callable[[], str]
     devices: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
+    gradients: bool = True
+
+    @property
+    def reason(self) -> str:
+        """Why it does not run here, and the remedy; "" when it does."""
+        return self.missing()
+
+    @property
+    def available(self) -> bool:
+        return not self.missing()
+
+    def obstacle(self, tensor: Tensor) -> str:
+        """Why it cannot serve such a tensor, or "". Looks for a GPU only where the tensor is on one."""
+        if "any" not in self.devices and tensor.device.type not in self.devices:
+            return f"it serves {' and '.join(map(str.upper, self.devices))} tensors, these are on {tensor.device}"
+        if tensor.dtype not in self.dtypes:
+            source = "autocast makes these" if torch.is_autocast_enabled(tensor.device.type) else "these are"
+            *most, last = (str(dtype).removeprefix("torch.") for dtype in self.dtypes)
+            return f"it takes {', '.join(most)} and {last}, {source} {tensor.dtype}"
+        return self.missing()
 
 
-def implementations(op: str) -> list[Implementation]:
-    """All implementations of ``op``, fastest first.
+@functools.cache
+def implementations(op: str) -> tuple[Implementation, ...]:
+    """All implementations of ``op``, fastest first on each device.
 
     Raises:
         ValueError: ``op`` is not one of :data:`SERVED`.
     """
     if op not in SERVED:
         raise ValueError(f"op must be one of {', '.join(SERVED)}; got {op!r}")
-    return [
-        Implementation("cpp", not EXTENSION_MISSING, EXTENSION_MISSING, ("cpu",), CPP_DTYPES),
-        Implementation("reference", True, "", ("any",), FLOATING_DTYPES),
-    ]
+    found = [Implementation("cpp", lambda: EXTENSION_MISSING, ("cpu",), CPP_DTYPES, gradients=op in OPS)]
+    if op in _cuda.OPS:
+        found.append(Implementation("cuda", _cuda.missing, _cuda.devices(), GPU_DTYPES, gradients=False))
+    if op in _triton.OPS:
+        found.append(Implementation("triton", _triton.missing, _triton.DEVICES, GPU_DTYPES))
+    return *found, Implementation("reference", str, ("any",), FLOATING_DTYPES)
 
 
-def select(op: str, impl: Impl | None, tensor: torch.Tensor, compiled: Callable, reference: Callable) -> Callable:
-    """The callable that serves ``op`` for tensors like ``tensor``.
+def select(
+    op: str,
+    impl: Impl | None,
+    tensors: Sequence[Tensor | None],
+    callables: dict[str, Callable],
+    *,
+    like: Tensor | None = None,
+) -> Callable:
+    """The callable among ``callables``, by name of the implementation, that serves ``op`` for these tensors.
+
+    Args:
+        tensors: those that gradients may be asked for; the first one's device and type decide.
+        like: decides in its place.
 
     Raises:
-        ValueError: ``impl`` is unknown.
+        ValueError: ``impl`` is unknown, or ``op`` has no such implementation.
         RuntimeError: ``impl`` cannot run here; the message says why and what mends it.
     """
     if impl == "reference":
-        return reference
-    if impl not in (None, "cpp"):
-        raise ValueError(f'impl must be "reference", "cpp" or None; got {impl!r}')
-    obstacle = _cpp_obstacle(tensor)
-    if not obstacle:
-        return compiled
-    if impl == "cpp":
-        raise RuntimeError(f'{op}: impl="cpp" cannot run: {obstacle}')
-    if not torch.compiler.is_compiling():
-        _log_once(op, obstacle)
-    return reference
+        return callables[impl]
+    if impl not in (None, *IMPLS):
+        raise ValueError(f"impl must be {', '.join(map(_quoted, IMPLS))} or None; got {impl!r}")
+    if impl is not None and impl not in callables:
+        raise ValueError(f"{op} has no impl={_quoted(impl)}: it has {', '.join(map(_quoted, callables))}")
+    deciding = tensors[0] if like is None else like
+    wants_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    obstacles = []
+    for each in implementations(op):
+        if impl not in (None, each.name):
+            continue
+        obstacle = each.obstacle(deciding)
+        if not obstacle and wants_gradient and not each.gradients:
+            obstacle = "it has no gradients: use another impl, or torch.no_grad()"
+        if not obstacle:
+            if each.name == "reference" and not torch.compiler.is_compiling():
+                _log_once(op, "; ".join(obstacles) or f"it has no kernel for {deciding.device.type.upper()} tensors")
+            return callables[each.name]
+        if deciding.device.type in each.devices:
+            obstacles.append(f"{each.name}: {obstacle}")
+    raise RuntimeError(f"{op}: impl={_quoted(impl)} cannot run: {obstacle}")
 
 
-def _cpp_obstacle(tensor: torch.Tensor) -> str:
-    if EXTENSION_MISSING:
-        return EXTENSION_MISSING
-    if tensor.device.type != "cpu":
-        return f"it serves CPU tensors, these are on {tensor.device}"
-    if tensor.dtype not in CPP_DTYPES:
-        source = "autocast makes these" if torch.is_autocast_enabled("cpu") else "these are"
-        return f"it takes float32, bfloat16 and float64, {source} {tensor.dtype}"
-    return ""
+def _quoted(name: str) -> str:
+    return f'"{name}"'
 
 
 @functools.cache
-def _log_once(op: str, obstacle: str) -> None:
-    _logger.warning("%s runs on its PyTorch reference: cpp: %s", op, obstacle)
+def _log_once(op: str, obstacles: str) -> None:
+    _logger.warning("%s runs on its PyTorch reference: %s", op, obstacles)
 
 
 def cpu_isa() -> str:

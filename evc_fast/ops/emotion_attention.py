@@ -35,7 +35,8 @@ def emotion_attention(
         gate_query: [B, K, N, d] phi_F of the facts.
         gate_key: [B, N, d] phi_V of the frames.
         num_heads: divides d.
-        impl: "reference" (second derivatives and forward mode too), "cpp", or ``None`` for the fastest.
+        impl: "reference" (second derivatives and forward mode too), "cpp", "triton", "cuda" (no gradients), or ``None``
+            for the fastest.
 
     Returns:
         context [B, K, N, d], before the output projection and phi_E; differentiable in all five tensors.
@@ -60,7 +61,7 @@ def emotion_attention(
     if num_heads < 1 or query.size(-1) % num_heads:
         raise ValueError(f"emotion_attention: num_heads must divide d; got {num_heads} for query {describe(query)}")
     tensors = autocast_inputs(query, key, value, gate_query, gate_key)
-    run = dispatch.select("emotion_attention", impl, tensors[0], _compiled, reference)
+    run = dispatch.select("emotion_attention", impl, tensors, _CALLABLES)
     with without_autocast(query):
         return run(*tensors, num_heads)
 
@@ -69,6 +70,15 @@ def _compiled(
     query: Tensor, key: Tensor, value: Tensor, gate_query: Tensor, gate_key: Tensor, num_heads: int
 ) -> Tensor:
     return torch.ops.evc_fast.emotion_attention_forward(query, key, value, gate_query, gate_key, num_heads, False)[0]
+
+
+def _inference(
+    query: Tensor, key: Tensor, value: Tensor, gate_query: Tensor, gate_key: Tensor, num_heads: int
+) -> Tensor:
+    return torch.ops.evc_fast.emotion_attention_inference(query, key, value, gate_query, gate_key, num_heads)
+
+
+_CALLABLES = {"cpp": _compiled, "triton": _compiled, "cuda": _inference, "reference": reference}
 
 
 class _EmotionAttention(torch.autograd.Function):
@@ -106,6 +116,11 @@ def _forward_fake(query, key, value, gate_query, gate_key, num_heads, keep_candi
     return query.new_empty(query.shape), query.new_empty(query.shape if keep_candidates else (0,))
 
 
+@functools.partial(torch.library.register_fake, f"{NAMESPACE}::emotion_attention_inference", lib=LIBRARY)
+def _inference_fake(query, key, value, gate_query, gate_key, num_heads):
+    return query.new_empty(query.shape)
+
+
 @functools.partial(torch.library.register_fake, f"{NAMESPACE}::emotion_attention_backward", lib=LIBRARY)
 def _backward_fake(grad_context, query, key, value, gate_query, gate_key, candidates, num_heads):
     return tuple(t.new_empty(t.shape) for t in (query, key, value, gate_query, gate_key))
@@ -121,6 +136,7 @@ def _product_flops(query_shape, key_shape) -> tuple[int, int]:
     return 2 * rows * key_shape[0] * width, 2 * rows * frames * width
 
 
+@register_flop_formula(torch.ops.evc_fast.emotion_attention_inference)
 @register_flop_formula(torch.ops.evc_fast.emotion_attention_forward)
 def _forward_flops(query_shape, key_shape, *_, **__) -> int:
     dictionary, gate = _product_flops(query_shape, key_shape)

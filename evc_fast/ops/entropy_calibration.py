@@ -36,7 +36,8 @@ def entropy_calibration(
         groups: [B, K] int64, equal ids for triplets that say the same; ``None``: all distinct.
         self_refine: weigh components by alpha; else 1/3 each.
         cross_refine: weigh triplets by theta; else 1/K each.
-        impl: "reference" (second derivatives and forward mode too), "cpp", or ``None`` for the fastest.
+        impl: "reference" (second derivatives and forward mode too), "cpp", "triton", "cuda" (no gradients), or ``None``
+            for the fastest.
 
     Returns:
         calibrated: [B, K, 3, D], the type of ``triplets``; differentiable in ``triplets`` and ``similarity``.
@@ -56,7 +57,7 @@ def entropy_calibration(
     check_arguments("entropy_calibration", arguments)
     (triplets,) = autocast_inputs(triplets)
     similarity = similarity.to(accumulate_dtype(triplets))
-    run = dispatch.select("entropy_calibration", impl, triplets, _compiled, reference)
+    run = dispatch.select("entropy_calibration", impl, [triplets, similarity], _CALLABLES)
     with without_autocast(triplets):
         return run(triplets, similarity, groups, self_refine=self_refine, cross_refine=cross_refine)
 
@@ -65,6 +66,15 @@ def _compiled(
     triplets: Tensor, similarity: Tensor, groups: Tensor | None, *, self_refine: bool, cross_refine: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ops.evc_fast.entropy_calibration_forward(triplets, similarity, groups, self_refine, cross_refine)
+
+
+def _inference(
+    triplets: Tensor, similarity: Tensor, groups: Tensor | None, *, self_refine: bool, cross_refine: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.evc_fast.entropy_calibration_inference(triplets, similarity, groups, self_refine, cross_refine)
+
+
+_CALLABLES = {"cpp": _compiled, "triton": _compiled, "cuda": _inference, "reference": reference}
 
 
 class _EntropyCalibration(torch.autograd.Function):
@@ -87,6 +97,7 @@ class _EntropyCalibration(torch.autograd.Function):
 LIBRARY.impl("entropy_calibration_forward", _EntropyCalibration.apply, "Autograd")
 
 
+@functools.partial(torch.library.register_fake, f"{NAMESPACE}::entropy_calibration_inference", lib=LIBRARY)
 @functools.partial(torch.library.register_fake, f"{NAMESPACE}::entropy_calibration_forward", lib=LIBRARY)
 def _forward_fake(triplets, similarity, groups, self_refine, cross_refine):
     return (

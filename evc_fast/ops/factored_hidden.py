@@ -42,13 +42,16 @@ def factored_hidden(weights: Tensor, values: Tensor, visual: Tensor, *, impl: di
         ],
     )
     tensors = autocast_inputs(weights, values, visual)
-    run = dispatch.select("factored_hidden", impl, tensors[0], _compiled, reference)
+    run = dispatch.select("factored_hidden", impl, tensors, _CALLABLES)
     with without_autocast(weights):
         return run(*tensors)
 
 
 def _compiled(weights: Tensor, values: Tensor, visual: Tensor) -> Tensor:
     return torch.ops.evc_fast.factored_hidden_forward(weights, values, visual)
+
+
+_CALLABLES = {"cpp": _compiled, "reference": reference}
 
 
 class _FactoredHidden(torch.autograd.Function):

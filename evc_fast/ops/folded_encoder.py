@@ -63,12 +63,7 @@ def folded_encoder(
         named.append(("groups", groups, ("B", str(options.num_triplets))))
     check_arguments("folded_encoder", named)
     inputs = [video, triplets, similarity]
-    wants_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    if impl == "cpp" and wants_gradient:
-        raise RuntimeError('folded_encoder: impl="cpp" has no gradients: use "reference", or torch.no_grad()')
-    if impl is None and wants_gradient:
-        impl = "reference"
-    run = dispatch.select("folded_encoder", impl, weights.ffn_weight, _compiled, _reference)
+    run = dispatch.select("folded_encoder", impl, inputs, _CALLABLES, like=weights.ffn_weight)
     groups = groups if options.merge_identical_triplets else None
     return run(video, triplets, similarity, groups, weights, options, packed, explain)
 
@@ -109,6 +104,9 @@ def _compiled(video, triplets, similarity, groups, weights, options, packed, exp
         fact_gate=fact_gate,
         emotion_gate=emotion_gate if emotions else None,
     )
+
+
+_CALLABLES = {"cpp": _compiled, "reference": _reference}
 
 
 def _flags(options: FoldedOptions, projected: bool) -> list[int]:

@@ -25,7 +25,8 @@ def routing_aggregation(
     Args:
         facts, emotions: [B, K, N, d]; float32, bfloat16, float16 or float64.
         logits: [B, N, K]; the type of ``facts``, or float32 beside bfloat16 and float16.
-        impl: "reference" (second derivatives and forward mode too), "cpp", or ``None`` for the fastest.
+        impl: "reference" (second derivatives and forward mode too), "cpp", "triton", "cuda" (no gradients), or ``None``
+            for the fastest.
 
     Returns:
         routed: [B, 2N, d], facts first, the type of ``facts``; differentiable in all three tensors.
@@ -43,13 +44,20 @@ def routing_aggregation(
     )
     facts, emotions = autocast_inputs(facts, emotions)
     logits = logits.to(accumulate_dtype(facts))
-    run = dispatch.select("routing_aggregation", impl, facts, _compiled, reference)
+    run = dispatch.select("routing_aggregation", impl, [facts, emotions, logits], _CALLABLES)
     with without_autocast(facts):
         return run(facts, emotions, logits)
 
 
 def _compiled(facts: Tensor, emotions: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ops.evc_fast.routing_aggregation_forward(facts, emotions, logits)
+
+
+def _inference(facts: Tensor, emotions: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.evc_fast.routing_aggregation_inference(facts, emotions, logits)
+
+
+_CALLABLES = {"cpp": _compiled, "triton": _compiled, "cuda": _inference, "reference": reference}
 
 
 class _RoutingAggregation(torch.autograd.Function):
@@ -70,6 +78,7 @@ class _RoutingAggregation(torch.autograd.Function):
 LIBRARY.impl("routing_aggregation_forward", _RoutingAggregation.apply, "Autograd")
 
 
+@functools.partial(torch.library.register_fake, f"{NAMESPACE}::routing_aggregation_inference", lib=LIBRARY)
 @functools.partial(torch.library.register_fake, f"{NAMESPACE}::routing_aggregation_forward", lib=LIBRARY)
 def _forward_fake(facts, emotions, logits):
     batch, _, frames, width = facts.shape
