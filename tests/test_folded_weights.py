@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import copy
 import pickle
 from collections.abc import Callable
@@ -163,6 +164,10 @@ def change_eps(e: FaceNetEncoder) -> None:
     e.fact_norm.eps = 0.5
 
 
+def change_config(e: FaceNetEncoder) -> None:
+    e.config = dataclasses.replace(e.config, self_refine=not e.config.self_refine)
+
+
 def patch_forward(e: FaceNetEncoder) -> None:
     forward = e.emotion_head.forward
     e.emotion_head.forward = lambda x: forward(x) * 2
@@ -186,7 +191,8 @@ def normalize_weight(e: FaceNetEncoder) -> None:
         e.ffn[3].parametrizations.weight.original0.mul_(3)
 
 
-OTHER_MODULES = [use_relu, change_eps, use_tanh_gelu, patch_forward, append_tanh, prune_half, normalize_weight]
+OTHER_MODULES = [use_relu, change_eps, change_config, use_tanh_gelu, patch_forward, append_tanh, prune_half]
+OTHER_MODULES += [normalize_weight]
 
 
 @pytest.mark.parametrize("change", OTHER_MODULES, ids=lambda c: c.__name__)
@@ -386,7 +392,7 @@ def test_a_change_is_taken_up_by_evaluation_and_refused_by_a_fold(change):
             torch.testing.assert_close(snapshot(*arguments).tokens, before, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("change", [change_eps, use_tanh_gelu, use_relu], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("change", [change_eps, change_config, use_tanh_gelu, use_relu], ids=lambda c: c.__name__)
 def test_a_fold_refuses_when_its_encoder_computes_something_else(change):
     encoder, arguments = made()
     folded = encoder.fold()
