@@ -365,6 +365,21 @@ def test_explicit_kernels_refuse_types_they_do_not_take_and_the_automatic_choice
     assert "runs on its PyTorch reference" in caplog.text
 
 
+def test_a_device_that_its_kernels_cannot_run_on_is_named_unless_the_reference_is_allowed(monkeypatch):
+    found = dispatch.Implementation("triton", lambda: "too old", ("meta",), (torch.float32,), unfit=lambda: "too old")
+    monkeypatch.setattr(dispatch, "implementations", lambda op: (found, plain))
+    plain = dispatch.Implementation("reference", str, ("any",), dispatch.FLOATING_DTYPES)
+    facts, logits = f(1, 2, 3, 4).to("meta"), f(1, 3, 2).to("meta")
+    with pytest.raises(
+        RuntimeError, match="triton cannot run: too old; impl=.reference., or EVC_FAST_ALLOW_REFERENCE=1"
+    ):
+        ops.routing_aggregation(facts, facts, logits)
+    assert ops.routing_aggregation(facts, facts, logits, impl="reference")[0].shape == (1, 6, 4)
+    assert ops.routing_aggregation(facts.double(), facts.double(), logits.double())[0].shape == (1, 6, 4)
+    monkeypatch.setenv("EVC_FAST_ALLOW_REFERENCE", "1")
+    assert ops.routing_aggregation(facts, facts, logits)[0].shape == (1, 6, 4)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("op", dispatch.OPS)
 def test_cuda_tensors_are_served(op):

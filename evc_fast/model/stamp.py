@@ -21,6 +21,7 @@ class Stamp:
     values: 16 of each tensor, evenly spaced with both ends; of a tensor without a count (made in inference mode), all
     of them. So what passes is a write around PyTorch's count that leaves those 16 as they were: a few elements, or a
     few rows of a matrix. (To read all values would cost as much as a third of an encoder's call.)
+    Values on a GPU are not read, since that would wait for it: there any write around the count passes.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -35,7 +36,9 @@ class Stamp:
         tensors = [tensor for _, _, tensor in self._slots if tensor is not None]
         self._tensors = tensors
         self._counted = [t for t in tensors if not t.is_inference()]
-        self._digests = _Digest(self._counted), _Digest([t for t in tensors if t.is_inference()], every=True)
+        near = [t for t in tensors if t.device.type == "cpu"]
+        counted, rest = ([t for t in near if t.is_inference() == inference] for inference in (False, True))
+        self._digests = _Digest(counted), _Digest(rest, every=True)
         self._pointers = [t.data_ptr() for t in tensors]
         self._state = self._read()
 
@@ -64,7 +67,7 @@ class _Digest:
         self._samples = [t.numel() if every else _SAMPLES for t in tensors]
         self._tensors = [t.detach() for t in tensors]
         self._arguments: tuple | None = None
-        if EXTENSION and all(t.device.type == "cpu" and t.is_contiguous() for t in tensors):
+        if EXTENSION and all(t.is_contiguous() for t in tensors):
             count = len(tensors)
             self._arguments = (
                 ctypes.c_int64(count),

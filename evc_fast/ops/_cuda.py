@@ -26,6 +26,14 @@ def missing() -> str:
         return "the CUDA library was not built, as no nvcc was found: install the CUDA toolkit, then pip install ."
     if not torch.cuda.is_available():
         return "no CUDA device is to be found here"
+    return unfit()
+
+
+@functools.cache
+def unfit() -> str:
+    """Why this GPU, its driver or torch cannot run the library that was built, or ""."""
+    if _emulated or EXTENSION_MISSING or not LIBRARY_PATH.exists() or not torch.cuda.is_available():
+        return ""
     return _load(LIBRARY_PATH)
 
 
@@ -48,6 +56,7 @@ def load_emulation(path: Path) -> None:
         raise RuntimeError(reason)
     _emulated = True
     missing.cache_clear()
+    unfit.cache_clear()
     dispatch.implementations.cache_clear()
 
 

@@ -26,12 +26,19 @@ def missing() -> str:
         return "triton is not installed: pip install triton"
     if importlib.util.find_spec("evc_fast.kernels.common") is None:
         return "evc_fast.kernels is absent, as in a checkout that is not installed: pip install ."
-    if not INTERPRETED:
-        if not torch.cuda.is_available():
-            return "no CUDA device is to be found here"
-        major, minor = torch.cuda.get_device_capability()
-        if major < 8:
-            return f"the kernels need a GPU of compute capability 8.0 or later, this one has {major}.{minor}"
+    if not INTERPRETED and not torch.cuda.is_available():
+        return "no CUDA device is to be found here"
+    return unfit()
+
+
+@functools.cache
+def unfit() -> str:
+    """Why this GPU cannot run them, or ""."""
+    if INTERPRETED or not torch.cuda.is_available():
+        return ""
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return f"the kernels need a GPU of compute capability 8.0 or later, this one has {major}.{minor}"
     return ""
 
 

@@ -6,13 +6,15 @@
 - "cuda": compiled CUDA kernels without gradients: inference.
 
 An explicit ``impl`` that cannot run raises, and says what mends it. The automatic choice (``impl=None``) takes the
-fastest one that can serve the tensors' device and type, and logs once where that is the reference.
+fastest one that can serve the tensors' device and type, and logs once where that is the reference. Where kernels are
+there but this GPU or its driver cannot run them, it raises too, unless EVC_FAST_ALLOW_REFERENCE=1.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -44,6 +46,7 @@ class Implementation:
     devices: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
     gradients: bool = True
+    unfit: Callable[[], str] = str  # why kernels that are there cannot run on this GPU, and the remedy
 
     @property
     def reason(self) -> str:
@@ -76,9 +79,9 @@ def implementations(op: str) -> tuple[Implementation, ...]:
         raise ValueError(f"op must be one of {', '.join(SERVED)}; got {op!r}")
     found = [Implementation("cpp", lambda: EXTENSION_MISSING, ("cpu",), CPP_DTYPES, gradients=op in OPS)]
     if op in _cuda.OPS:
-        found.append(Implementation("cuda", _cuda.missing, _cuda.devices(), GPU_DTYPES, gradients=False))
+        found.append(Implementation("cuda", _cuda.missing, _cuda.devices(), GPU_DTYPES, False, _cuda.unfit))
     if op in _triton.OPS:
-        found.append(Implementation("triton", _triton.missing, _triton.DEVICES, GPU_DTYPES))
+        found.append(Implementation("triton", _triton.missing, _triton.DEVICES, GPU_DTYPES, unfit=_triton.unfit))
     return *found, Implementation("reference", str, ("any",), FLOATING_DTYPES)
 
 
@@ -108,7 +111,7 @@ def select(
         raise ValueError(f"{op} has no impl={_quoted(impl)}: it has {', '.join(map(_quoted, callables))}")
     deciding = tensors[0] if like is None else like
     wants_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    obstacles = []
+    obstacles, unfit = [], []
     for each in implementations(op):
         if impl not in (None, each.name):
             continue
@@ -116,11 +119,20 @@ def select(
         if not obstacle and wants_gradient and not each.gradients:
             obstacle = "it has no gradients: use another impl, or torch.no_grad()"
         if not obstacle:
-            if each.name == "reference" and not torch.compiler.is_compiling():
-                _log_once(op, "; ".join(obstacles) or f"it has no kernel for {deciding.device.type.upper()} tensors")
+            if each.name == "reference":
+                if unfit and os.environ.get("EVC_FAST_ALLOW_REFERENCE") != "1":
+                    raise RuntimeError(
+                        f'{op}: {"; ".join(unfit)}; impl="reference", or EVC_FAST_ALLOW_REFERENCE=1, computes it in '
+                        "plain PyTorch"
+                    )
+                if not torch.compiler.is_compiling():
+                    no_kernel = f"it has no kernel for {deciding.device.type.upper()} tensors"
+                    _log_once(op, "; ".join(obstacles) or no_kernel)
             return callables[each.name]
         if deciding.device.type in each.devices:
             obstacles.append(f"{each.name}: {obstacle}")
+            if impl is None and each.unfit() == obstacle:
+                unfit.append(f"{each.name} cannot run: {obstacle}")
     raise RuntimeError(f"{op}: impl={_quoted(impl)} cannot run: {obstacle}")
 
 
