@@ -370,9 +370,7 @@ def test_a_device_that_its_kernels_cannot_run_on_is_named_unless_the_reference_i
     monkeypatch.setattr(dispatch, "implementations", lambda op: (found, plain))
     plain = dispatch.Implementation("reference", str, ("any",), dispatch.FLOATING_DTYPES)
     facts, logits = f(1, 2, 3, 4).to("meta"), f(1, 3, 2).to("meta")
-    with pytest.raises(
-        RuntimeError, match="triton cannot run: too old; impl=.reference., or EVC_FAST_ALLOW_REFERENCE=1"
-    ):
+    with pytest.raises(RuntimeError, match=r"triton cannot run: too old; impl=.*, or EVC_FAST_ALLOW_REFERENCE=1"):
         ops.routing_aggregation(facts, facts, logits)
     assert ops.routing_aggregation(facts, facts, logits, impl="reference")[0].shape == (1, 6, 4)
     assert ops.routing_aggregation(facts.double(), facts.double(), logits.double())[0].shape == (1, 6, 4)

@@ -62,7 +62,9 @@ class Implementation:
         if "any" not in self.devices and tensor.device.type not in self.devices:
             return f"it serves {' and '.join(map(str.upper, self.devices))} tensors, these are on {tensor.device}"
         if tensor.dtype not in self.dtypes:
-            source = "autocast makes these" if torch.is_autocast_enabled(tensor.device.type) else "these are"
+            kind = tensor.device.type
+            autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+            source = "autocast makes these" if autocast else "these are"
             *most, last = (str(dtype).removeprefix("torch.") for dtype in self.dtypes)
             return f"it takes {', '.join(most)} and {last}, {source} {tensor.dtype}"
         return self.missing()
