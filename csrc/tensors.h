@@ -43,13 +43,16 @@ inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, Scala
 }
 
 // A kernel reads raw memory: every argument must be what the schema's caller promised.
-inline Tensor checked(const Tensor& tensor, const char* name, const std::vector<int64_t>& sizes, ScalarType type) {
-  STD_TORCH_CHECK(tensor.is_cpu(), "evc_fast: ", name, " must be a CPU tensor");
+inline Tensor checked_memory(const Tensor& tensor, const char* name, const std::vector<int64_t>& sizes, ScalarType type) {
   STD_TORCH_CHECK(tensor.scalar_type() == type, "evc_fast: ", name, " has another type than the op's first tensor");
   bool match = tensor.dim() == static_cast<int64_t>(sizes.size());
   for (size_t i = 0; match && i < sizes.size(); ++i) match = tensor.size(static_cast<int64_t>(i)) == sizes[i];
   STD_TORCH_CHECK(match, "evc_fast: ", name, " does not have the size that the op's other tensors ask for");
   return torch::stable::contiguous(tensor);
+}
+inline Tensor checked(const Tensor& tensor, const char* name, const std::vector<int64_t>& sizes, ScalarType type) {
+  STD_TORCH_CHECK(tensor.is_cpu(), "evc_fast: ", name, " must be a CPU tensor");
+  return checked_memory(tensor, name, sizes, type);
 }
 // The first tensor of an op tells the sizes; all but the batch's are 1 or more.
 inline void check_first(const Tensor& tensor, const char* name, int64_t rank) {
