@@ -56,6 +56,11 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return known ? value : 0;
 }
 inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+// Blocks for so many tasks, which each block takes gridDim.x apart: enough for all multiprocessors several times over.
+inline int grid_size(const CudaLaunch& how, int64_t tasks) {
+  const int64_t most = how.blocks > 0 ? how.blocks : int64_t(32) * multiprocessors();
+  return static_cast<int>(tasks < most ? tasks : most);
+}
 // Dynamic shared memory that one block can ask for, bytes.
 inline size_t shared_limit() { return static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)); }
 

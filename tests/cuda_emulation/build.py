@@ -31,7 +31,12 @@ def build(*sources: Path, flags: tuple[str, ...] = ()) -> Path:
     if command is None:
         raise RuntimeError("no C++ compiler was found")
     files = sorted(sources or (ROOT / "csrc" / "cuda").glob("*.cu"))
-    read = [*files, *sorted((ROOT / "csrc").glob("*.h")), *sorted((ROOT / "csrc/cuda").glob("*.cuh")), *HERE.glob("*.h")]
+    read = [
+        *files,
+        *sorted((ROOT / "csrc").glob("*.h")),
+        *sorted((ROOT / "csrc/cuda").glob("*.cuh")),
+        *HERE.glob("*.h"),
+    ]
     state = hashlib.sha256(repr([command, FLAGS, flags]).encode())
     for path in read:
         state.update(path.name.encode() + path.read_bytes())
