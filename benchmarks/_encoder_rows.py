@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from _device import Device
 from _machine import missing_package
 from torch import Tensor
 
+from evc_fast.model import FoldedEncoder
 from evc_fast.ops._library import EXTENSION_MISSING
 from evc_fast.testing.encoder_cases import build_encoder, encoder_inputs
 
 BASELINE = "eager"
-F32, BF16 = torch.float32, torch.bfloat16
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 Inputs = list[Tensor]
 Run = Callable[[Inputs], Sequence[Tensor]]
@@ -24,20 +27,33 @@ Run = Callable[[Inputs], Sequence[Tensor]]
 class Subject:
     """One encoder with random weights, biases, norms and gates, in the forms that the rows run.
 
-    ``folder``: where artefacts are exported to, as rows ask for them.
+    ``folder``: where artefacts are exported to, as rows ask for them. ``exact`` is the float64 oracle, on the CPU.
     """
 
-    def __init__(self, sizes: dict, threads: int, folder: Path) -> None:
+    def __init__(self, sizes: dict, threads: int, folder: Path, device: Device | None = None) -> None:
+        self.sizes = sizes
         self.threads = threads
         self.folder = folder
-        self.encoder = build_encoder(**sizes).float().requires_grad_(False)  # values that float32 holds
-        self.exact = copy.deepcopy(self.encoder).double()
-        self.folded = self.encoder.fold()
-        self.folded_bf16 = self.encoder.fold(dtype=BF16)
+        self.device = device or Device("cpu")
+        encoder = build_encoder(**sizes).float().requires_grad_(False)  # values that float32 holds
+        self.exact = copy.deepcopy(encoder).double()
+        self.encoder = encoder.to(self.device.name)
+        self._folds: dict[torch.dtype, FoldedEncoder] = {}
         self._artefacts: dict[str, Path] = {}
 
     def inputs(self, batch: int) -> Inputs:
-        return encoder_inputs(self.encoder.config, batch, dtype=F32)[:3]
+        return [x.to(self.device.name) for x in encoder_inputs(self.encoder.config, batch, dtype=F32)[:3]]
+
+    def fold(self, dtype: torch.dtype) -> FoldedEncoder:
+        """The encoder's fold in this type, made once."""
+        if dtype not in self._folds:
+            self._folds[dtype] = self.encoder.fold(dtype=dtype)
+        return self._folds[dtype]
+
+    @functools.cached_property
+    def on_cpu(self) -> Subject:
+        """The same encoder on the CPU, where every product is counted."""
+        return self if self.device.kind == "cpu" else Subject(self.sizes, self.threads, self.folder)
 
     def artefact(self, kind: str, graph: str) -> Path:
         """The float32 export of one graph by `evc_fast.export`, parity check included."""
@@ -69,7 +85,7 @@ def automatic(subject: Subject) -> Run:
 
 
 def folded(subject: Subject, dtype: torch.dtype, impl: str | None) -> Run:
-    module = subject.folded if dtype == F32 else subject.folded_bf16
+    module = subject.fold(dtype)
     return lambda inputs: module(*inputs, impl=impl)[:2]
 
 
@@ -108,7 +124,7 @@ def without(*packages: str) -> str:
     return f"needs {missing}" if missing else ""
 
 
-def no_compiler() -> str:
+def no_compiler(device: Device) -> str:
     reason = without("evc_fast.export")
     if reason:
         return reason
@@ -124,22 +140,26 @@ def no_compiler() -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """One way to compute the tokens: `prepare` builds it, `missing` says why it cannot run here."""
+    """One way to compute the tokens: `prepare` builds it, `missing` says why it cannot run here.
+
+    `replays`: the row that it captures in a CUDA graph, in the place of `prepare`.
+    """
 
     about: str
     graph: str  # of COUNTED: whose products it executes
-    prepare: Callable[[Subject], Run]
-    missing: Callable[[], str] = lambda: ""
+    prepare: Callable[[Subject], Run] | None
+    missing: Callable[[Device], str] = lambda device: ""
     dtype: torch.dtype = F32
     ours: bool = False
+    replays: str = ""
 
 
 def ours(about: str, graph: str, prepare: Callable[[Subject], Run], dtype: torch.dtype = F32) -> Row:
-    return Row(f"ours, {about}", graph, prepare, lambda: EXTENSION_MISSING, dtype, True)
+    return Row(f"ours, {about}", graph, prepare, lambda device: EXTENSION_MISSING, dtype, True)
 
 
 def engine(about: str, graph: str, prepare: Callable[[Subject], Run], *packages: str) -> Row:
-    return Row(f"{about}, {graph} graph", graph, prepare, lambda: without(*packages, "evc_fast.export"))
+    return Row(f"{about}, {graph} graph", graph, prepare, lambda device: without(*packages, "evc_fast.export"))
 
 
 COUNTED: dict[str, Callable[[Subject], Run]] = {

@@ -1,12 +1,14 @@
-"""Time the encoder with its Q-former on a CPU: ours, folded and not, beside eager PyTorch, compilers and engines.
+"""Time the encoder with its Q-former: ours, folded and not, beside eager PyTorch, compilers and engines.
 
 Every row is held against the straight encoder in float64 before it is timed; a wrong one is reported and not timed. All
 are timed in turns within one run, and the least time of many calls counts. The floor is the least that this machine
 allows, measured in the same run: the row's matrix products at the highest rate that any product of its type reached,
-or its weights read once from memory, whichever takes longer.
+or its weights read once from memory, whichever takes longer. On a GPU the rows are eager PyTorch, torch.compile and
+ours, each as it is called and in a CUDA graph, and the bytes of the floor are weights, inputs and tokens.
 
     python benchmarks/encoder.py                                  # B = 1 and 32, the paper's sizes, all rows
     python benchmarks/encoder.py --batch 1 --rows ours ours-bf16 onnx-folded --seconds 10
+    python benchmarks/encoder.py --device cuda                    # B = 1, 8, 32 and 256
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from pathlib import Path
 
 import torch
 from _bytes import nbytes
+from _device import Device, add_arguments, device_of
+from _encoder_gpu import GPU_BATCHES, GPU_ROWS, gpu_judgements, gpu_notes, gpu_table, rows_on
 from _encoder_parts import measure_parts, parts_table, seconds_of_parts
 from _encoder_rows import BASELINE, COUNTED, F32, ROWS, Inputs, Row, Run, Subject
 from _machine import best_seconds, describe, dtype_name, measure_ceilings
@@ -45,6 +49,8 @@ PAPER = {name: getattr(FaceNetConfig(), name) for name in ENCODER_WIDTHS} | {"k"
 RIVAL_SLACK = 4  # rivals order sums as they like: they are compared, not judged by our bound
 BURST = 0.1  # seconds of a row's turn: threads of the row before spin for half of that (ONNX Runtime's)
 ALLOWANCE = 3.0  # a row that takes longer sits turns out, so that all of its calls cost this many times the baseline's
+CPU_BATCHES = (1, 32)
+COMPILED = ("torch.compile", "torch.compile-graph", "pt2")
 NEAR_LIMIT = 1.1  # time over floor that counts as this machine's limit
 AHEAD = 0.9  # time over floor that no product can reach
 
@@ -73,51 +79,63 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=first, epilog="\n\n".join(rest), formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 32], help="videos in a batch (default: 1 32)")
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="default: all")
+    parser.add_argument("--batch", nargs="+", type=int, help="videos in a batch (default: 1 32; on a GPU 1 8 32 256)")
+    every = list(dict.fromkeys((*ROWS, *GPU_ROWS)))
+    parser.add_argument("--rows", nargs="+", choices=every, help="default: all that the device has")
+    add_arguments(parser)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=20.0, help="measuring time of a batch size (default: 20)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile and the .pt2 out")
+    parser.add_argument("--compile-batch", nargs="+", type=int, help="torch.compile at these sizes only (default: all)")
     parser.add_argument(
         "--out",
         type=Path,
         default=Path(__file__).parent / "results" / "local",
         help="folder of encoder.json and encoder.md (default: %(default)s)",
     )
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    arguments.on = device_of(arguments, parser)
+    arguments.batch = arguments.batch or list(GPU_BATCHES if arguments.on.gpu else CPU_BATCHES)
+    arguments.rows = arguments.rows or list(rows_on(arguments.on))
+    absent = [name for name in arguments.rows if name not in rows_on(arguments.on)]
+    if absent:
+        parser.error(f"argument --rows: {', '.join(absent)} is no row of {arguments.device}")
+    return arguments
 
 
 def wrong(name: str, subject: Subject, found: Sequence[Tensor], oracle: Sequence[Tensor], inputs: Inputs) -> str:
     """What strays from float64 further than the project allows, or ""."""
-    row = ROWS[name]
+    row = rows_on(subject.device)[name]
     plain_encoder = subject.encoder if row.dtype == F32 else copy.deepcopy(subject.encoder).to(row.dtype)
     plain = plain_encoder(*(x.to(row.dtype) for x in inputs), impl="reference")
     for part, a, p, e in zip(("tokens", "emotion logits"), found, plain, oracle, strict=False):
+        a, p = a.cpu(), p.cpu()
         bound = (1 if row.ours else RIVAL_SLACK) * error_bound(a.dtype, p, e, FORWARD_FACTOR)
         error = largest_error(a, e)
         if not error <= bound:
             return f"its {part} err by {error:.3g}, {bound:.3g} is allowed"
-    if name == "ours" and not torch.equal(found[0], subject.folded(*inputs).tokens):
+    itself = name == "ours" and not subject.device.gpu
+    if itself and not torch.equal(found[0], subject.fold(F32)(*inputs).tokens):
         return "the encoder did not fold itself"
     return ""
 
 
 def relative_error(found: Tensor, oracle: Tensor) -> float:
-    return largest_error(found, oracle) / oracle.abs().max().item()
+    return largest_error(found.cpu(), oracle) / oracle.abs().max().item()
 
 
 def executed_flops(row: Row, subject: Subject, inputs: Inputs) -> int:
     """Matrix products of one call, 2 FLOPs a multiply-add."""
+    inputs = [x.cpu() for x in inputs]
+    run = COUNTED[row.graph](subject.on_cpu)
     with flop_counter() as counter:
-        COUNTED[row.graph](subject)(inputs)
+        run(inputs)
     return counter.get_total_flops()
 
 
 def weight_bytes(row: Row, subject: Subject) -> int:
     """Bytes of all weights and constants that the row reads."""
-    module: nn.Module = subject.encoder
-    if row.graph == "folded":
-        module = subject.folded if row.dtype == F32 else subject.folded_bf16
+    module: nn.Module = subject.fold(row.dtype) if row.graph == "folded" else subject.encoder
     return nbytes(*module.parameters(), *module.buffers())
 
 
@@ -166,28 +184,39 @@ def take_turns(runs: dict[str, Run], inputs: Inputs, seconds: float, least: int 
     return best, turns
 
 
+def prepared(row: Row, subject: Subject, runs: dict[str, Run], inputs: Inputs) -> Run:
+    """What the row calls; of a row in a CUDA graph its replay, on these inputs alone."""
+    if not row.replays:
+        return row.prepare(subject)
+    replay = subject.device.captured(functools.partial(runs[row.replays], inputs))
+    return lambda _: replay()
+
+
 def measure(
     batch: int, subject: Subject, names: Sequence[str], seconds: float, say: Callable[[str], None] = lambda _: None
 ) -> dict:
     """Build and check every row at one batch size, then time all of them."""
-    inputs = subject.inputs(batch)
+    inputs, device = subject.inputs(batch), subject.device
     record: dict = {"batch": batch, "rows": {}, "failed": {}, "skipped": {}, "positions": {}}
     runs: dict[str, Run] = {}
     with torch.inference_mode():
-        oracle = subject.exact(*(x.double() for x in inputs), impl="reference")
+        oracle = subject.exact(*(x.cpu().double() for x in inputs), impl="reference")
         for name in dict.fromkeys((BASELINE, *names)):
-            row = ROWS[name]
-            reason = row.missing()
+            row = rows_on(device)[name]
+            reason = row.missing(device)
+            if row.replays and row.replays not in runs:
+                reason = f"the row {row.replays} was not timed"
             if reason:
                 record["skipped"][name] = reason
                 continue
             say(f"B={batch}: {name}")
             start = time.perf_counter()
-            run = row.prepare(subject)
+            run = prepared(row, subject, runs, inputs)
             found = run(inputs)
+            device.synchronise()
             built = time.perf_counter() - start
             fault = wrong(name, subject, found, oracle, inputs)
-            if not fault and name in ("ours", "ours-bf16"):
+            if not fault and not device.gpu and name in ("ours", "ours-bf16"):
                 fault = record["positions"][name] = unlike(run, inputs, subject.threads)
             if fault:
                 record["failed"][name] = fault
@@ -200,17 +229,30 @@ def measure(
                 "weight_bytes": weight_bytes(row, subject),
                 "build_s": built,
             }
+            if device.gpu:
+                call = functools.partial(run, inputs)
+                record["rows"][name] |= {
+                    "moved_bytes": record["rows"][name]["weight_bytes"] + nbytes(*inputs, *found),
+                    "launches": device.launches(call),
+                    "peak_bytes": device.peak_bytes(call),
+                }
         say(f"B={batch}: {len(runs)} rows in turns")
-        best, record["turns"] = take_turns(runs, inputs, seconds)
-    for name, least in best.items():
-        record["rows"][name]["seconds"] = least
+        if device.gpu:
+            calls = {name: functools.partial(run, inputs) for name, run in runs.items()}
+            times, record["turns"] = device.take_turns(calls, seconds)
+        else:
+            best, record["turns"] = take_turns(runs, inputs, seconds)
+            times = {name: {"seconds": least} for name, least in best.items()}
+    for name, taken in times.items():
+        record["rows"][name] |= taken
     return record
 
 
-def ceilings_now(dtypes: list[torch.dtype]) -> dict:
-    """What this machine can do just now: PyTorch's own products, and ours with packed weights."""
-    ceilings = measure_ceilings("cpu", dtypes)
-    ceilings["matrix_flops_per_s_packed"] = {} if EXTENSION_MISSING else {dtype_name(d): packed_peak(d) for d in dtypes}
+def ceilings_now(dtypes: list[torch.dtype], device: Device) -> dict:
+    """What this machine can do just now: PyTorch's own products, and on a CPU ours with packed weights."""
+    ceilings = measure_ceilings(device.name, dtypes, quick=device.rehearsal)
+    packed = not device.gpu and not EXTENSION_MISSING
+    ceilings["matrix_flops_per_s_packed"] = {dtype_name(d): packed_peak(d) for d in dtypes} if packed else {}
     return ceilings
 
 
@@ -240,10 +282,12 @@ def add_floors(record: dict, ceilings: dict) -> None:
     """Write the floor of each row beside its time, and what sets it."""
     for row in record["rows"].values():
         peak, whose = peak_of(ceilings, row["dtype"])
-        by_products, by_bytes = row["flops"] / peak, row["weight_bytes"] / ceilings["read_bytes_per_s"]
+        moved, kind = (row["moved_bytes"], "copy") if "moved_bytes" in row else (row["weight_bytes"], "read")
+        bandwidth = ceilings[f"{kind}_bytes_per_s"]
+        by_products, by_bytes = row["flops"] / peak, moved / bandwidth
         row["floor_s"] = max(by_products, by_bytes)
         rate = f"{peak / 1e9:,.0f} GFLOP/s of {whose}"
-        reading = f"the read bandwidth, {ceilings['read_bytes_per_s'] / 1e9:.1f} GB/s"
+        reading = f"the {kind} bandwidth, {bandwidth / 1e9:.1f} GB/s"
         row["floor_from"] = rate if by_products >= by_bytes else reading
 
 
@@ -343,35 +387,46 @@ def notes(ceilings: dict) -> list[str]:
 def main(argv: list[str] | None = None, sizes: dict | None = None) -> int:
     """`sizes`: options of `build_encoder` other than the paper's, for a trial."""
     arguments = parse_arguments(argv)
+    device = arguments.on
     torch.set_num_threads(arguments.threads)
-    console = terminal(160)
-    names = [n for n in arguments.rows if not (arguments.no_compile and n in ("torch.compile", "pt2"))]
-    dtypes = list(dict.fromkeys([F32, *(ROWS[name].dtype for name in names)]))
-    machine = describe("cpu", arguments.threads) | {"kernels_isa": dispatch.cpu_isa(), "load": os.getloadavg()[0]}
+    console = terminal(190 if device.gpu else 160)
+    if device.rehearsal and sizes is None:
+        sizes = {}
+    names = [n for n in arguments.rows if not (arguments.no_compile and n in COMPILED)]
+    dtypes = list(dict.fromkeys([F32, *(rows_on(device)[name].dtype for name in names)]))
+    machine = describe(device.name, arguments.threads) | {"kernels_isa": dispatch.cpu_isa()}
+    machine["load"] = os.getloadavg()[0]
     with (
         tempfile.TemporaryDirectory() as folder,
         Progress(console=console, transient=True) as progress,
     ):
         task = progress.add_task("ceilings", total=2 + len(arguments.batch))
-        machine["ceilings"] = ceilings_now(dtypes)
-        subject = Subject(PAPER if sizes is None else sizes, arguments.threads, Path(folder))
+        machine["ceilings"] = ceilings_now(dtypes, device)
+        subject = Subject(PAPER if sizes is None else sizes, arguments.threads, Path(folder), device)
         records = []
         for batch in arguments.batch:
             progress.advance(task)
             say = functools.partial(progress.update, task, description=f"B={batch}")
+            left_out = COMPILED if batch not in (arguments.compile_batch or arguments.batch) else ()
+            rows = [name for name in names if name not in left_out]
             records.append(
-                measure(batch, subject, names, arguments.seconds, lambda text, say=say: say(description=text))
+                measure(batch, subject, rows, arguments.seconds, lambda text, say=say: say(description=text))
             )
         progress.update(task, description="ceilings, once more", advance=1)
-        machine = better_of(machine, {"ceilings": ceilings_now(dtypes)})
+        machine = better_of(machine, {"ceilings": ceilings_now(dtypes, device)})
     for record in records:
         add_floors(record, machine["ceilings"])
-    parts = measure_parts(arguments.batch)
-    shown = [*(table(record) for record in records), *(parts_table(parts, batch) for batch in arguments.batch)]
-    reached = judgements(records, parts)
-    said = disturbances(records, machine) + notes(machine["ceilings"])
-    report = {"machine": machine, "records": records, "parts": parts, "targets": reached}
-    publish(console, arguments.out, "encoder", "The encoder, measured", report, shown, said, reached)
+    report = {"machine": machine, "records": records}
+    if device.gpu:
+        shown, reached = [gpu_table(record) for record in records], gpu_judgements(records)
+        said = disturbances(records, machine) + gpu_notes(machine["ceilings"])
+    else:
+        report["parts"] = parts = measure_parts(arguments.batch)
+        shown = [*(table(record) for record in records), *(parts_table(parts, batch) for batch in arguments.batch)]
+        reached = judgements(records, parts)
+        said = disturbances(records, machine) + notes(machine["ceilings"])
+    report["targets"] = reached
+    publish(console, arguments.out, "encoder", device.title("The encoder, measured"), report, shown, said, reached)
     return 1 if any(record["failed"] for record in records) else 0
 
 

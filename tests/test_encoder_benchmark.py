@@ -33,7 +33,7 @@ CEILINGS = {
 @pytest.fixture
 def ceilings(monkeypatch):
     """Measuring the machine takes seconds: figures in its place, and few calls of each part."""
-    monkeypatch.setattr(encoder, "ceilings_now", lambda dtypes: CEILINGS)
+    monkeypatch.setattr(encoder, "ceilings_now", lambda dtypes, device: CEILINGS)
     hasty = functools.partial(_encoder_parts.best_seconds, least=1, most=1)
     monkeypatch.setattr(_encoder_parts, "best_seconds", lambda run, device, budget: hasty(run, device))
 
