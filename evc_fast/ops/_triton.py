@@ -15,7 +15,7 @@ import torch
 
 from evc_fast.ops._library import INTERPRETED, LIBRARY
 
-OPS = ("entropy_calibration", "emotion_attention", "routing_aggregation")
+OPS = ("entropy_calibration", "factored_hidden", "emotion_attention", "routing_aggregation")
 DEVICES = ("cpu", "cuda") if INTERPRETED else ("cuda",)
 
 

@@ -51,7 +51,7 @@ def _compiled(weights: Tensor, values: Tensor, visual: Tensor) -> Tensor:
     return torch.ops.evc_fast.factored_hidden_forward(weights, values, visual)
 
 
-_CALLABLES = {"cpp": _compiled, "reference": reference}
+_CALLABLES = {"cpp": _compiled, "triton": _compiled, "reference": reference}
 
 
 class _FactoredHidden(torch.autograd.Function):
