@@ -342,7 +342,7 @@ def test_devices_without_a_kernel_or_autocast_are_served_by_the_reference(op):
 def test_unknown_implementations_and_ops_are_refused():
     with pytest.raises(ValueError, match=re.escape('impl must be "reference", "cpp", "triton", "cuda" or None; got')):
         ops.routing_aggregation(f(1, 1, 1, 1), f(1, 1, 1, 1), f(1, 1, 1), impl="fast")
-    with pytest.raises(ValueError, match='factored_hidden has no impl="cuda": it has "cpp", "reference"'):
+    with pytest.raises(ValueError, match='factored_hidden has no impl="cuda": it has "cpp", "triton", "reference"'):
         ops.factored_hidden(f(1, 1, 1, 1), f(1, 1, 1, 1), f(1, 1, 1), impl="cuda")
     with pytest.raises(RuntimeError, match=r'impl="triton" cannot run: it serves CUDA tensors, these are on cpu'):
         ops.routing_aggregation(f(1, 1, 1, 1), f(1, 1, 1, 1), f(1, 1, 1), impl="triton")

@@ -25,6 +25,8 @@ from evc_fast.model.qformer import QFormer
 from evc_fast.ops.dispatch import Impl
 from evc_fast.reference.emotion_attention import emotion_distribution
 
+_IMPLS = (None, "reference", "cpp", "triton")
+
 
 class FaceNetEncoder(nn.Module):
     """Video and retrieved triplets in, tokens for the decoder and emotion logits out.
@@ -114,7 +116,7 @@ class FaceNetEncoder(nn.Module):
                 ``merge_identical_triplets``.
             explain: also return what explains the caption.
             impl: "reference" computes every product as printed, on plain PyTorch: the oracle, and the baseline of all
-                benchmarks. None and "cpp" reorder products, None with the fastest ops for these tensors.
+                benchmarks. "cpp" and "triton" reorder products, and so does None, with the fastest ops that there are.
 
         Under autocast the features may have any floating type but float64.
 
@@ -123,6 +125,10 @@ class FaceNetEncoder(nn.Module):
                 before any computing.
         """
         check_inputs(self.config, self.fact_norm.weight, video, triplets, similarity, groups)
+        if impl not in _IMPLS:
+            raise ValueError(
+                f'impl must be "reference", "cpp", "triton" or None; got {impl!r}: a fold takes "cuda" too'
+            )
         if impl is None and not self.training and not torch.compiler.is_compiling():
             folded = self.self_folding.get(self, (video, triplets, similarity, groups))
             if folded is not None:

@@ -38,8 +38,8 @@ def graph_training(encoder: FaceNetEncoder, *features: Tensor) -> Callable[..., 
 
     Args:
         encoder: in training mode, on a GPU; must keep its parameters' addresses, its mode and its hooks afterwards.
-        features: video, triplets, similarity and, where the configuration reads them, groups, as the encoder takes them:
-            every later call must have their shapes and types.
+        features: video, triplets, similarity and, where the configuration reads them, groups, as the encoder takes
+            them: every later call must have their shapes and types.
 
     Returns:
         A callable of the same features; results as of :class:`FaceNetEncoder`, without explanation. A call's outputs
