@@ -29,6 +29,32 @@ struct Plan {
 // Floats from one row of scores to the next: as numerators of 16 bits, rows lie as row_stride wants them.
 int scores_row(int64_t width) { return static_cast<int>((width + 7) / 8 * 8) + 4; }
 
+// Where the scratch's parts lie, for groups of 16 tall rows.
+template <class S>
+void lay_out(const EmotionArgs& a, int tall, Plan& plan) {
+  plan.tall = tall;
+  plan.query_row = plan.candidates_row = row_stride<S>(a.d / a.heads);
+  plan.gate_query_row = row_stride<S>(a.d);
+  plan.words_row = scores_row(a.W);
+  plan.gates_row = scores_row(a.N);
+  plan.bytes = 0;
+  const auto reserve = [&](int64_t bytes) {
+    const int64_t at = plan.bytes;
+    plan.bytes += (bytes + 127) / 128 * 128;
+    return at;
+  };
+  const int64_t group = 16 * tall, stored = sizeof(S), score = sizeof(float);
+  reserve(group * plan.query_row * stored);
+  plan.gate_query_at = reserve(group * plan.gate_query_row * stored);
+  plan.words_at = reserve(group * plan.words_row * score);
+  plan.gates_at = reserve((group + 16) * plan.gates_row * score);
+  plan.candidates_at = reserve(plan.triplets * a.N * plan.candidates_row * stored);
+  plan.word_scale_at = reserve(group * score);
+  plan.gate_scale_at = reserve(group * score);
+}
+
+bool fits_shared(const Plan& plan) { return plan.bytes + 128 <= static_cast<int64_t>(shared_limit()); }
+
 template <class S>
 Plan make_plan(const EmotionArgs& a) {
   Plan plan{};
@@ -37,42 +63,28 @@ Plan make_plan(const EmotionArgs& a) {
   // Triplets that share a task share what it reads of the dictionary, once there are tasks enough for the device.
   if (a.B * a.heads * ((a.K + plan.triplets - 1) / plan.triplets) < 2 * multiprocessors()) plan.triplets = 1;
   plan.tasks = a.B * a.heads * ((a.K + plan.triplets - 1) / plan.triplets);
-  const int64_t rows = plan.triplets * a.N;
-  plan.tall = rows <= 16 ? 1 : kMostRows / 16;
-  const int64_t group = 16 * plan.tall;
-  plan.query_row = plan.candidates_row = row_stride<S>(a.d / a.heads);
-  plan.gate_query_row = row_stride<S>(a.d);
-  plan.words_row = scores_row(a.W);
-  plan.gates_row = scores_row(a.N);
-  const auto reserve = [&](int64_t bytes) {
-    const int64_t at = plan.bytes;
-    plan.bytes += (bytes + 127) / 128 * 128;
-    return at;
-  };
-  constexpr int64_t kStored = sizeof(S), kScore = sizeof(float);
-  reserve(group * plan.query_row * kStored);
-  plan.gate_query_at = reserve(group * plan.gate_query_row * kStored);
-  plan.words_at = reserve(group * plan.words_row * kScore);
-  plan.gates_at = reserve((group + 16) * plan.gates_row * kScore);
-  plan.candidates_at = reserve(rows * plan.candidates_row * kStored);
-  plan.word_scale_at = reserve(group * kScore);
-  plan.gate_scale_at = reserve(group * kScore);
+  if (plan.triplets * a.N <= 16) lay_out<S>(a, 1, plan);
+  if (plan.tall == 0 || !fits_shared(plan)) lay_out<S>(a, kMostRows / 16, plan);
   return plan;
 }
 
-bool fits_shared(const Plan& plan) { return plan.bytes + 128 <= static_cast<int64_t>(shared_limit()); }
-
-// Rows of B's columns into scratch, zero beyond `b.columns` rows and beyond b.depth to a whole step. A block's work.
+// `count` rows of `depth` elements, `stride` apart, into `rows` rows of scratch: zero beyond `count` rows, and beyond the
+// depth to a whole step. A block's work.
 template <class S>
-__device__ void stage(const Operand<S, false>& b, int rows, S* to, int to_row) {
+__device__ void stage(const S* from, int64_t stride, int count, int rows, int depth, S* to, int to_row) {
   constexpr int kStep = kDepthStep<S>;
-  const int depth = (b.depth + kStep - 1) / kStep * kStep;
-  if constexpr (std::is_same_v<S, float>) {
-    for (int i = threadIdx.x; i < rows * depth; i += kThreads) to[i / depth * to_row + i % depth] = b.get(i / depth, i % depth);
-  } else {
-    const int half = depth / 2;
-    for (int i = threadIdx.x; i < rows * half; i += kThreads)
-      *reinterpret_cast<uint32_t*>(to + i / half * to_row + i % half * 2) = b.pair(i / half, i % half * 2);
+  const int padded = (depth + kStep - 1) / kStep * kStep;
+  const bool pairs = sizeof(S) == 2 && reinterpret_cast<uintptr_t>(from) % 4 == 0 && stride % 2 == 0;
+  for (int i = threadIdx.x; i < rows * padded / 2; i += kThreads) {
+    const int row = i * 2 / padded, k = i * 2 % padded;
+    const S* p = from + row * stride + k;
+    S* q = to + row * to_row + k;
+    if (pairs && row < count && k + 1 < depth) {
+      *reinterpret_cast<uint32_t*>(q) = *reinterpret_cast<const uint32_t*>(p);
+    } else {
+      q[0] = row < count && k < depth ? p[0] : S{};
+      q[1] = row < count && k + 1 < depth ? p[1] : S{};
+    }
   }
 }
 
@@ -107,9 +119,9 @@ __device__ inline int take_job(int* next) {
 __host__ __device__ inline int tiles(int elements, int of) { return (elements + of - 1) / of; }
 
 template <class S, int kTall, bool kShared>
-__global__ void __launch_bounds__(kThreads) attend(EmotionArgs args, Plan plan, unsigned char* workspace) {
-  typedef Tile<S, kTall> Scores;   // and X
-  typedef Tile<S, 1> Context;
+__global__ void __launch_bounds__(kThreads, 1) attend(EmotionArgs args, Plan plan, unsigned char* workspace) {
+  typedef Tile<S, kTall> Tall;
+  typedef Tile<S, 1> Short;
   constexpr int kGroup = 16 * kTall;
   EVC_DYNAMIC_SHARED(shared);
   EVC_SHARED(int, next_job, 1);
@@ -133,84 +145,84 @@ __global__ void __launch_bounds__(kThreads) attend(EmotionArgs args, Plan plan, 
     const int64_t h = task % heads, part = task / heads % parts, b = task / heads / parts;
     const int64_t k = part * plan.triplets;
     const int triplets = static_cast<int>(args.K - k < plan.triplets ? args.K - k : plan.triplets);
-    const int rows = triplets * N;
-    const bool whole = rows <= kGroup;
+    const int rows = triplets * N, groups = tiles(rows, kGroup);
     const int64_t start = (b * args.K + k) * N * args.d;  // of the task's rows
     const S* queries = static_cast<const S*>(args.query) + start + h * head;
     const S* gate_queries = static_cast<const S*>(args.gate_query) + start;
     S* context = static_cast<S*>(args.context) + start + h * head;
-    const Operand<S, false> keys{static_cast<const S*>(args.key) + h * head, d, W, head};
+    const S* keys = static_cast<const S*>(args.key) + h * head;
     const Operand<S, true> values{static_cast<const S*>(args.value) + h * head, d, head, W};
-    const Operand<S, false> gate_keys{static_cast<const S*>(args.gate_key) + b * N * args.d, d, N, d};
+    const S* gate_keys = static_cast<const S*>(args.gate_key) + b * N * args.d;
 
-    // Scores of a group's rows with the words, the frames or both, and their numerators.
-    const auto scores = [&](int first, bool with_words, bool with_gates) {
-      const int count = rows - first < kGroup ? rows - first : kGroup;
+    // One group: both attentions in one pass. Else the words' for all groups, then the gate's.
+    const int passes = groups == 1 ? 1 : 2 * groups;
+    for (int pass = 0; pass < passes; ++pass) {
+      const bool with_words = pass < groups, with_gates = groups == 1 || pass >= groups;
+      const int first = pass % groups * kGroup, count = rows - first < kGroup ? rows - first : kGroup;
+
       if (threadIdx.x == 0) *next_job = 0;
-      if (with_words) stage(Operand<S, false>{queries + int64_t(first) * d, d, count, head}, kGroup, query, plan.query_row);
-      if (with_gates)
-        stage(Operand<S, false>{gate_queries + int64_t(first) * d, d, count, d}, kGroup, gate_query, plan.gate_query_row);
+      if (with_words) stage(queries + int64_t(first) * d, d, count, kGroup, head, query, plan.query_row);
+      if (with_gates) stage(gate_queries + int64_t(first) * d, d, count, kGroup, d, gate_query, plan.gate_query_row);
       __syncthreads();
-      const int gate_tiles = with_gates ? tiles(N, Scores::kColumns) : 0;
-      const int word_tiles = with_words ? tiles(W, Scores::kColumns) : 0;
-      const int row_tiles = tiles(count, Scores::kRows), jobs = (gate_tiles + word_tiles) * row_tiles;
-      for (int job = take_job(next_job); job < jobs; job = take_job(next_job)) {
-        const int row = job % row_tiles * Scores::kRows, tile = job / row_tiles;
-        const bool gate = tile < gate_tiles;  // the deeper ones first
-        const int column = (gate ? tile : tile - gate_tiles) * Scores::kColumns;
-        const int width = gate ? N : W, stride = gate ? plan.gates_row : plan.words_row;
-        float* to = gate ? gates : words;
-        Scores sums;
-        if (gate) sums.multiply(gate_query + row * plan.gate_query_row, plan.gate_query_row, gate_keys, column);
-        else sums.multiply(query + row * plan.query_row, plan.query_row, keys, column);
-        sums.each([&](int r, int c, float sum) {
-          if (column + c < width) to[(row + r) * stride + column + c] = sum;
-        });
-      }
-      __syncthreads();
-      const float scale = 1.0f / sqrtf(static_cast<float>(head));
-      const int word_rows = with_words ? count : 0, gate_rows = with_gates ? count : 0;
-      for (int row = warp; row < word_rows + gate_rows; row += kWarps) {
-        const bool gate = row >= word_rows;
-        const int at = gate ? row - word_rows : row;
-        const float inverse = gate ? softmax_numerators<S>(gates + at * plan.gates_row, N, 1.0f)  // (20)
-                                   : softmax_numerators<S>(words + at * plan.words_row, W, scale);
-        if (lane == 0) (gate ? gate_scale : word_scale)[at] = inverse;
-      }
-      __syncthreads();
-      return count;
-    };
 
-    for (int first = 0; first < rows; first += kGroup) {
-      const int count = scores(first, true, whole);
-      const int row_tiles = tiles(count, Scores::kRows);
-      for (int job = warp; job < row_tiles * tiles(head, Scores::kColumns); job += kWarps) {  // (19)
-        const int row = job % row_tiles * Scores::kRows, column = job / row_tiles * Scores::kColumns;
-        Scores sums;
-        sums.multiply(reinterpret_cast<const S*>(words) + row * words_row, words_row, values, column);
+      const int row_tiles = tiles(count, Tall::kRows);
+      const int gate_tiles = with_gates ? tiles(N, Tall::kColumns) : 0;
+      const int jobs = row_tiles * (gate_tiles + (with_words ? tiles(W, Tall::kColumns) : 0));
+      for (int job = take_job(next_job); job < jobs; job = take_job(next_job)) {
+        const int row = job % row_tiles * Tall::kRows, tile = job / row_tiles;
+        const bool gate = tile < gate_tiles;  // the deeper ones first
+        const int column = (gate ? tile : tile - gate_tiles) * Tall::kColumns;
+        const int width = gate ? N : W, from_row = gate ? plan.gate_query_row : plan.query_row;
+        const int to_row = gate ? plan.gates_row : plan.words_row;
+        float* to = (gate ? gates : words) + row * to_row;
+        const Operand<S, false> against{gate ? gate_keys : keys, d, width, gate ? d : head};
+        Tall sums;
+        sums.multiply((gate ? gate_query : query) + row * from_row, from_row, against, column);
         sums.each([&](int r, int c, float sum) {
-          if (row + r < count && column + c < head)
-            candidates[int64_t(first + row + r) * plan.candidates_row + column + c] = narrow<S>(sum * word_scale[row + r]);
+          if (column + c < width) to[r * to_row + column + c] = sum;
         });
       }
       __syncthreads();
-    }
-    for (int first = 0; first < rows; first += kGroup) {
-      const int count = whole ? rows : scores(first, false, true);
-      const int segments = whole ? triplets : 1, length = count / segments;  // rows of one triplet
-      const int row_tiles = tiles(length, Context::kRows), column_tiles = tiles(head, Context::kColumns);
-      for (int job = warp; job < segments * row_tiles * column_tiles; job += kWarps) {  // (21)
-        const int segment = job / column_tiles / row_tiles, column = job % column_tiles * Context::kColumns;
-        const int inside = job / column_tiles % row_tiles * Context::kRows, row = segment * length + inside;
-        const Operand<S, true> x{candidates + int64_t(segment) * N * plan.candidates_row, plan.candidates_row, head, N};
-        Context sums;
-        sums.multiply(reinterpret_cast<const S*>(gates) + row * gates_row, gates_row, x, column);
-        sums.each([&](int r, int c, float sum) {
-          if (inside + r < length && column + c < head)
-            context[int64_t(first + row + r) * d + column + c] = narrow<S>(sum * gate_scale[row + r]);
-        });
+
+      const int word_rows = with_words ? count : 0, gate_rows = with_gates ? count : 0;
+      const float scale = 1.0f / sqrtf(static_cast<float>(head));
+      for (int i = warp; i < word_rows + gate_rows; i += kWarps) {
+        const bool gate = i >= word_rows;
+        const int row = gate ? i - word_rows : i;
+        float* from = gate ? gates + row * plan.gates_row : words + row * plan.words_row;
+        const float inverse = softmax_numerators<S>(from, gate ? N : W, gate ? 1.0f : scale);  // (20): unscaled
+        if (lane == 0) (gate ? gate_scale : word_scale)[row] = inverse;
       }
-      __syncthreads();  // the next group, or task, writes what this one read
+      __syncthreads();
+
+      if (with_words) {
+        for (int job = warp; job < row_tiles * tiles(head, Tall::kColumns); job += kWarps) {  // (19)
+          const int row = job % row_tiles * Tall::kRows, column = job / row_tiles * Tall::kColumns;
+          S* to = candidates + int64_t(first + row) * plan.candidates_row + column;
+          Tall sums;
+          sums.multiply(reinterpret_cast<const S*>(words) + row * words_row, words_row, values, column);
+          sums.each([&](int r, int c, float sum) {
+            if (row + r < count && column + c < head) to[r * plan.candidates_row + c] = narrow<S>(sum * word_scale[row + r]);
+          });
+        }
+        __syncthreads();
+      }
+      if (with_gates) {
+        const int segments = groups == 1 ? triplets : 1, length = count / segments;  // rows of one triplet
+        const int length_tiles = tiles(length, Short::kRows), column_tiles = tiles(head, Short::kColumns);
+        for (int job = warp; job < segments * length_tiles * column_tiles; job += kWarps) {  // (21)
+          const int segment = job / column_tiles / length_tiles, column = job % column_tiles * Short::kColumns;
+          const int inside = job / column_tiles % length_tiles * Short::kRows, row = segment * length + inside;
+          const Operand<S, true> x{candidates + int64_t(segment) * N * plan.candidates_row, plan.candidates_row, head, N};
+          S* to = context + int64_t(first + row) * d + column;
+          Short sums;
+          sums.multiply(reinterpret_cast<const S*>(gates) + row * gates_row, gates_row, x, column);
+          sums.each([&](int r, int c, float sum) {
+            if (inside + r < length && column + c < head) to[int64_t(r) * d + c] = narrow<S>(sum * gate_scale[row + r]);
+          });
+        }
+        __syncthreads();  // the next pass, or task, writes what this one read
+      }
     }
   }
 }
@@ -239,13 +251,9 @@ int emotion_attention(const EmotionArgs& args, const CudaLaunch& how) {
     const Plan plan = make_plan<S>(args);
     const bool fits = fits_shared(plan);
     const Grid grid{emotion_blocks(how, plan), kThreads, fits ? static_cast<size_t>(plan.bytes) : 0};
-    auto* workspace = static_cast<unsigned char*>(how.workspace);
     constexpr int kTall = kMostRows / 16;
-    if (!fits) {
-      const auto kernel = plan.tall == 1 ? attend<S, 1, false> : attend<S, kTall, false>;
-      return launch(grid, how.stream, kernel, args, plan, workspace);
-    }
-    return launch(grid, how.stream, plan.tall == 1 ? attend<S, 1, true> : attend<S, kTall, true>, args, plan, workspace);
+    const auto kernel = !fits ? attend<S, kTall, false> : plan.tall == 1 ? attend<S, 1, true> : attend<S, kTall, true>;
+    return launch(grid, how.stream, kernel, args, plan, static_cast<unsigned char*>(how.workspace));
   });
 }
 

@@ -17,25 +17,35 @@ __host__ __device__ inline int row_stride(int64_t depth) {
   return static_cast<int>((depth + kStep - 1) / kStep) * kStep + 16 / static_cast<int>(sizeof(S));
 }
 
-// B [depth, columns], 0 outside: by columns of neighbours along the depth (`across` false), or by rows.
+// B [depth, columns]: in memory by columns, neighbours along the depth side by side, or `across`, by rows.
 template <class S, bool across>
 struct Operand {
   const S* at;
   int64_t stride;  // elements from one column to the next, or from one row to the next
   int columns, depth;
 
-  __device__ S get(int column, int k) const {
-    if (column >= columns || k >= depth) return S{};
-    return across ? at[k * stride + column] : at[column * stride + k];
-  }
-  // Two neighbours along the depth, k even.
-  __device__ uint32_t pair(int column, int k) const {
-    if constexpr (!across) {
-      const S* p = at + column * stride + k;
-      if (column < columns && k + 1 < depth && reinterpret_cast<uintptr_t>(p) % 4 == 0)
-        return *reinterpret_cast<const uint32_t*>(p);
+  // A column's elements along the depth. Beyond the last one any column serves: its sums are not kept.
+  struct Column {
+    const S* at;
+    int64_t stride;
+    int depth;
+    bool pairs;  // two neighbours lie in 4 aligned bytes
+
+    __device__ S operator[](int k) const { return at[across ? k * stride : k]; }
+    __device__ S checked(int k) const { return k < depth ? (*this)[k] : S{}; }
+    // Elements k and k + 1, k even; `checked`: zero from the depth on.
+    __device__ uint32_t pair(int k) const {
+      if (pairs) return *reinterpret_cast<const uint32_t*>(at + k);
+      return (*this)[k].bits | static_cast<uint32_t>((*this)[k + 1].bits) << 16;
     }
-    return get(column, k).bits | static_cast<uint32_t>(get(column, k + 1).bits) << 16;
+    __device__ uint32_t checked_pair(int k) const {
+      return checked(k).bits | static_cast<uint32_t>(checked(k + 1).bits) << 16;
+    }
+  };
+  __device__ Column column(int column) const {
+    const int64_t own = column < columns ? column : columns - 1;
+    const S* p = at + (across ? own : own * stride);
+    return {p, stride, depth, !across && reinterpret_cast<uintptr_t>(p) % 4 == 0};
   }
 };
 
@@ -48,17 +58,13 @@ struct Tile {
   // a: the tile's first row, zero from b.depth to a whole step; column: the tile's first.
   template <class B>
   __device__ void multiply(const S* a, int stride, const B& b, int column) {
-    const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+    const int lane = threadIdx.x % kWarp, t = lane % 4;
+    const auto own = b.column(column + lane / 4);
+    a += lane / 4 * stride + 2 * t;
+    int k = 0;
 #pragma unroll 4
-    for (int k = 0; k < b.depth; k += 16) {
-      const uint32_t pairs[2] = {b.pair(column + g, k + 2 * t), b.pair(column + g, k + 2 * t + 8)};
-#pragma unroll
-      for (int i = 0; i < kTall; ++i) {
-        const auto* low = reinterpret_cast<const uint32_t*>(a + (i * 16 + g) * stride + k + 2 * t);
-        const uint32_t* high = low + 4 * stride;  // 8 rows below
-        mma<S>(c[i], {low[0], high[0], low[4], high[4]}, pairs);
-      }
-    }
+    for (; k + 16 <= b.depth; k += 16) step(a + k, stride, {own.pair(k + 2 * t), own.pair(k + 2 * t + 8)});
+    if (k < b.depth) step(a + k, stride, {own.checked_pair(k + 2 * t), own.checked_pair(k + 2 * t + 8)});
   }
   // f(row, column, sum) for the lane's part of the tile.
   template <class F>
@@ -68,6 +74,16 @@ struct Tile {
     for (int i = 0; i < kTall; ++i)
 #pragma unroll
       for (int j = 0; j < 4; ++j) f(i * 16 + lane / 4 + j / 2 * 8, lane % 4 * 2 + j % 2, c[i][j]);
+  }
+
+ private:
+  __device__ void step(const S* a, int stride, const uint32_t (&pairs)[2]) {
+#pragma unroll
+    for (int i = 0; i < kTall; ++i) {
+      const auto* low = reinterpret_cast<const uint32_t*>(a + i * 16 * stride);
+      const uint32_t* high = low + 4 * stride;  // 8 rows below
+      mma<S>(c[i], {low[0], high[0], low[4], high[4]}, pairs);
+    }
   }
 };
 
@@ -79,22 +95,26 @@ struct Tile<float, kTall> {
 
   template <class B>
   __device__ void multiply(const float* a, int stride, const B& b, int column) {
-    const int own = column + threadIdx.x % kWarp;
+    const auto own = b.column(column + threadIdx.x % kWarp);
+    int k = 0;
 #pragma unroll 2
-    for (int k = 0; k < b.depth; k += 4) {
-      const float x[4] = {b.get(own, k), b.get(own, k + 1), b.get(own, k + 2), b.get(own, k + 3)};
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        float row[4];
-        load_vector(a + i * stride + k, row);
-        c[i] += row[0] * x[0] + row[1] * x[1] + (row[2] * x[2] + row[3] * x[3]);
-      }
-    }
+    for (; k + 4 <= b.depth; k += 4) step(a + k, stride, {own[k], own[k + 1], own[k + 2], own[k + 3]});
+    if (k < b.depth) step(a + k, stride, {own[k], own.checked(k + 1), own.checked(k + 2), 0.0f});
   }
   template <class F>
   __device__ void each(F f) const {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) f(i, static_cast<int>(threadIdx.x % kWarp), c[i]);
+  }
+
+ private:
+  __device__ void step(const float* a, int stride, const float (&x)[4]) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      float row[4];
+      load_vector(a + i * stride, row);
+      c[i] += row[0] * x[0] + row[1] * x[1] + (row[2] * x[2] + row[3] * x[3]);
+    }
   }
 };
 
