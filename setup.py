@@ -1,18 +1,22 @@
-"""Builds evc_fast/_C.abi3.so, the CPU kernels, with the C++ compiler alone.
+"""Builds evc_fast/_C.abi3.so, the CPU kernels, with a C++ compiler alone, and evc_fast/_cuda.so where nvcc is found.
 
 One library for every torch from 2.11 on and every Python from 3.11 on: it uses torch's stable C shim only, and is
 loaded by torch.ops.load_library rather than imported. csrc/*.cpp are compiled once; csrc/cpu/*.cpp once for each
 instruction set that the compiler knows (the library picks one by cpuid when it is loaded). `python setup.py build_ext
---inplace` recompiles what changed.
+--inplace` recompiles what changed. The CUDA kernels, csrc/cuda, are a library of their own: it knows no torch, brings
+its CUDA runtime along, and is loaded where there is a GPU. What ptxas says of registers and spills stays beside each
+object, as .log.
 
-Environment: EVC_FAST_NO_EXTENSION=1 leaves the library out, CXX names another compiler, MAX_JOBS bounds the number of
-files compiled at a time.
+Environment: EVC_FAST_NO_EXTENSION=1 leaves the libraries out, CXX names another compiler, MAX_JOBS bounds the number of
+files compiled at a time. EVC_FAST_CUDA=1 insists on the CUDA library, 0 leaves it out; EVC_FAST_CUDA_ARCHS="90" or
+"80;90" names the architectures; CUDA_HOME holds the toolkit, and NVCC_CCBIN, which nvcc reads, its host compiler.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -45,6 +49,12 @@ X86_VARIANTS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"],
     "avx512_bf16": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma"],
 }
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra", "-Xptxas", "-v"]
+# As far as the toolkit knows them; newer GPUs translate the PTX of the newest.
+CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
+OLDEST_CUDA_ARCH = 80  # the first whose tensor cores know bfloat16
+PTXAS_REPORT = re.compile(r"ptxas info|\s+\d+ bytes stack frame")
+WITHOUT_CUDA = "set EVC_FAST_CUDA=0 to build without CUDA kernels"
 WITHOUT = "set EVC_FAST_NO_EXTENSION=1 to install the pure-PyTorch package"
 
 
@@ -53,11 +63,50 @@ def fail(sentence: str) -> None:
     raise SystemExit(f"error: {sentence}")
 
 
-def extension_wanted() -> bool:
-    value = os.environ.get("EVC_FAST_NO_EXTENSION", "")
+def switch(name: str, meaning: str) -> str:
+    value = os.environ.get(name, "")
     if value not in ("", "0", "1"):
-        fail(f"EVC_FAST_NO_EXTENSION is {value!r}, expected 1 (no C++ library), 0 or nothing")
-    return value != "1"
+        fail(f"{name} is {value!r}, expected 1 ({meaning}), 0 or nothing")
+    return value
+
+
+def extension_wanted() -> bool:
+    return switch("EVC_FAST_NO_EXTENSION", "no C++ library") != "1"
+
+
+def find_nvcc() -> Path | None:
+    """nvcc of the toolkit in CUDA_HOME, else of the newest in /usr/local, else on PATH, where it may be a wrapper."""
+    named = os.environ.get("CUDA_HOME")
+    versions = sorted(Path("/usr/local").glob("cuda-*"), key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)])
+    homes = [Path(named)] if named else [Path("/usr/local/cuda"), *reversed(versions)]
+    found = [home / "bin" / "nvcc" for home in homes if os.access(home / "bin" / "nvcc", os.X_OK)]
+    on_path = shutil.which("nvcc")
+    return found[0] if found else Path(on_path) if on_path and not named else None
+
+
+def cuda_wanted() -> bool:
+    value = switch("EVC_FAST_CUDA", "CUDA kernels")
+    if value == "1" and find_nvcc() is None:
+        sought = os.environ.get("CUDA_HOME", "/usr/local/cuda, /usr/local/cuda-* or PATH")
+        fail(f"EVC_FAST_CUDA=1, and no nvcc was found in {sought}: set CUDA_HOME to a CUDA toolkit, or {WITHOUT_CUDA}")
+    if value == "1" and not extension_wanted():
+        fail("EVC_FAST_CUDA=1 asks for CUDA kernels and EVC_FAST_NO_EXTENSION=1 for none: set one of the two")
+    return value != "0" and find_nvcc() is not None
+
+
+def find_architectures(nvcc: Path) -> list[str]:
+    """The compute capabilities to compile for, ascending, as "90"."""
+    asked = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False)
+    known = [a for a in re.findall(r"^compute_(\d+)$", asked.stdout, flags=re.MULTILINE) if int(a) >= OLDEST_CUDA_ARCH]
+    if not known:
+        fail(f"{nvcc} names no architectures: install CUDA 12 or later and set CUDA_HOME, or {WITHOUT_CUDA}")
+    named = re.split(r"[;,\s]+", os.environ.get("EVC_FAST_CUDA_ARCHS", "").strip())
+    if named == [""]:
+        return [arch for arch in CUDA_ARCHS if arch in known]
+    for arch in named:
+        if arch not in known:
+            fail(f"EVC_FAST_CUDA_ARCHS names {arch!r}, expected one or more of {';'.join(known)}, which {nvcc} knows")
+    return sorted(set(named), key=int)
 
 
 def find_compiler() -> list[str]:
@@ -114,19 +163,43 @@ def compile_object(compiler: list[str], source: Path, target: Path, flags: list[
     # One write, and the compiler's messages through a pipe: files compiled side by side do not mix theirs.
     print(f"{shlex.join(command)}\n", end="", flush=True)
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
-    sys.stderr.write(done.stderr)
+    target.with_suffix(".log").write_text(done.stderr)
+    sys.stderr.write("".join(line for line in done.stderr.splitlines(True) if not PTXAS_REPORT.match(line)))
     target.with_suffix(".cmd").write_text(shlex.join(command) if done.returncode == 0 else "")
     return done.returncode == 0
+
+
+def jobs() -> int:
+    return int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+
+
+def compile_objects(compiler: list[str], plan: list[tuple[Path, Path, list[str]]], remedy: str = "") -> list[Path]:
+    """Compiles each (source, object, flags) that is not current, several at a time."""
+    with ThreadPoolExecutor(jobs()) as pool:
+        done = list(pool.map(lambda step: compile_object(compiler, *step), plan))
+    if not all(done):
+        advice = f", or {remedy}" if remedy else ""
+        fail(f"compiling {plan[done.index(False)][0]} failed, see the compiler's message above{advice}")
+    return [target for _, target, _ in plan]
 
 
 class BuildExtension(build_ext):
     """Compiles csrc/ itself: setuptools' own step cannot build one source several times with different flags."""
 
+    def get_ext_filename(self, fullname: str) -> str:
+        # No Python module: it has no ABI of Python's in its name.
+        if fullname.endswith("_cuda"):
+            return fullname.replace(".", os.sep) + ".so"
+        return super().get_ext_filename(fullname)
+
     def build_extension(self, ext: Extension) -> None:
-        compiler, torch = find_compiler(), find_torch()
-        objects = self.compile_all(compiler, torch)
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
+        if ext.name == "evc_fast._cuda":
+            self.build_cuda(target)
+            return
+        compiler, torch = find_compiler(), find_torch()
+        objects = self.compile_all(compiler, torch)
         # No rpath: torch is in the process before this library is loaded, and its soname finds it there.
         if sys.platform == "darwin":
             link = ["-undefined", "dynamic_lookup"]
@@ -156,12 +229,24 @@ class BuildExtension(build_ext):
             for source in sorted(Path("csrc/cpu").glob("*.cpp")):
                 plan.append((source, temp / name / f"{source.stem}.o", [*flags, f"-DEVC_ISA={name}", *isa]))
 
-        workers = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-        with ThreadPoolExecutor(workers) as pool:
-            done = list(pool.map(lambda step: compile_object(compiler, *step), plan))
-        if not all(done):
-            fail(f"compiling {plan[done.index(False)][0]} failed, see the compiler's message above")
-        return [target for _, target, _ in plan]
+        return compile_objects(compiler, plan)
+
+    def build_cuda(self, target: Path) -> None:
+        nvcc = find_nvcc()
+        architectures = find_architectures(nvcc)
+        newest = architectures[-1]
+        flags = [*NVCC_FLAGS, f'-DEVC_CUDA_ARCHS="{",".join([*architectures, f"{newest}+PTX"])}"']
+        flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
+        flags += [f"-gencode=arch=compute_{newest},code=compute_{newest}", f"--threads={jobs()}"]
+        temp = Path(self.build_temp, "cuda")
+        plan = [(source, temp / f"{source.stem}.o", flags) for source in sorted(Path("csrc/cuda").glob("*.cu"))]
+        objects = compile_objects([str(nvcc)], plan, WITHOUT_CUDA)
+        # The runtime's symbols stay its own: torch's runtime may be another.
+        link = ["-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL"]
+        command = [str(nvcc), *link, *map(str, objects), "-o", str(target)]
+        print(shlex.join(command), flush=True)
+        if subprocess.run(command, check=False).returncode:
+            fail(f"linking the CUDA kernels failed, see the linker's message above: {WITHOUT_CUDA}")
 
 
 class BuildPy(build_py):
@@ -180,8 +265,11 @@ packages += [f"evc_fast.{name}" for top in BELOW.values() for name in find_packa
 
 options = {}
 extensions = []
+with_cuda = cuda_wanted()
 if extension_wanted():
     extensions = [Extension("evc_fast._C", sources=[], py_limited_api=True)]
+    if with_cuda:
+        extensions.append(Extension("evc_fast._cuda", sources=[], py_limited_api=True))
     options = {"bdist_wheel": {"py_limited_api": "cp311"}}
 
 setup(

@@ -18,25 +18,21 @@ const char* obstacle() {
   if (error == cudaSuccess) return nullptr;
   cudaGetLastError();
   static thread_local char text[512];
-  switch (error) {
-    case cudaErrorNoKernelImageForDevice:
-      snprintf(text, sizeof(text),
-               "this GPU has compute capability %d.%d and the CUDA library was built for %s: rebuild it with "
-               "EVC_FAST_CUDA_ARCHS=%d%d pip install .",
-               device_attribute(cudaDevAttrComputeCapabilityMajor), device_attribute(cudaDevAttrComputeCapabilityMinor),
-               EVC_CUDA_ARCHS, device_attribute(cudaDevAttrComputeCapabilityMajor),
-               device_attribute(cudaDevAttrComputeCapabilityMinor));
-      break;
-    case cudaErrorInsufficientDriver:
-    case cudaErrorUnsupportedPtxVersion:
-      snprintf(text, sizeof(text),
-               "the GPU's driver is older than the CUDA toolkit that the CUDA library was built with (%s): install a newer "
-               "driver, or rebuild with an older toolkit",
-               error_text(error));
-      break;
-    default:
-      snprintf(text, sizeof(text), "the CUDA library finds no GPU that it can use (%s): see nvidia-smi", error_text(error));
-  }
+  const int major = device_attribute(cudaDevAttrComputeCapabilityMajor), minor = device_attribute(cudaDevAttrComputeCapabilityMinor);
+  if (error == cudaErrorInsufficientDriver || error == cudaErrorUnsupportedPtxVersion)
+    snprintf(text, sizeof(text),
+             "there is no driver of the GPU, or it is older than the CUDA toolkit that the CUDA library was built with (%s): "
+             "install a newer driver, or rebuild with an older toolkit",
+             error_text(error));
+  else if (error != cudaErrorNoKernelImageForDevice)
+    snprintf(text, sizeof(text), "the CUDA library finds no GPU that it can use (%s): see nvidia-smi", error_text(error));
+  else if (major < 8)
+    snprintf(text, sizeof(text), "the CUDA kernels need a GPU of compute capability 8.0 or later, this one has %d.%d", major, minor);
+  else
+    snprintf(text, sizeof(text),
+             "this GPU has compute capability %d.%d and the CUDA library was built for %s: EVC_FAST_CUDA_ARCHS=%d%d pip "
+             "install . rebuilds it",
+             major, minor, EVC_CUDA_ARCHS, major, minor);
   return text;
 }
 
