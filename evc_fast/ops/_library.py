@@ -66,7 +66,7 @@ def _load_extension() -> ctypes.CDLL | str:
     except OSError as error:
         return f"the compiled library does not load with torch {torch.__version__} ({error}): pip install . rebuilds it"
     extension = ctypes.CDLL(str(EXTENSION_PATH))
-    for name in ("evc_fast_cpu_isa", "evc_fast_cpu_isas_supported"):
+    for name in ("evc_fast_cpu_isa", "evc_fast_cpu_isas_supported", "evc_fast_load_cuda"):
         getattr(extension, name).restype = ctypes.c_char_p
     extension.evc_fast_digest.restype = ctypes.c_uint64
     if not extension.evc_fast_cpu_isa():
