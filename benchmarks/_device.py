@@ -23,6 +23,10 @@ from efficiency import check_device
 REGION = 2e-3  # seconds between two events: far above their resolution of half a microsecond
 BURST = 0.02  # seconds of a row's turn
 COUNTED_CALLS = 4
+# Before ours is timed on a GPU its errors may be this many times what tests/test_on_gpu.py allows: a draw that only
+# just leaves the bound costs the test, not the measurement.
+GPU_SLACK = 4
+SLACK_SAID = f"A row is timed where its errors are at most {GPU_SLACK} times those that the GPU tests allow."
 ON_THE_GPU = ("kernel", "gpu_memcpy", "gpu_memset")  # what the profiler's trace calls the work of one launch
 
 Run = Callable[[], object]

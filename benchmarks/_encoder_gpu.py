@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from _device import Device
+from _device import SLACK_SAID, Device
 from _encoder_rows import (
     BASELINE,
     BF16,
@@ -167,7 +167,7 @@ def gpu_notes(ceilings: dict) -> list[str]:
     return [
         "The paper's sizes (N=16, K=4, d=300, W=179, N_q=32, D_v=D_t=512, d_out=2048); random weights, biases, norms "
         "and gates; float32 features on the GPU. Each row was held against the straight encoder in float64 on the CPU "
-        "first; error: the largest of the tokens, relative to the largest token. tf32 is off.",
+        "first; error: the largest of the tokens, relative to the largest token. tf32 is off. " + SLACK_SAID,
         "Median and least: between two events around calls one behind the other, 2 ms of them and more, all rows in "
         "turns, in inference mode; weights and inputs stay in the GPU's cache. Cold: single calls after the cache was "
         "overwritten, median. Latency: the host's clock from a call to its finished result, median. Ratios and targets "

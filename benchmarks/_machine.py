@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch", "transformers", "peft", "av", "faiss-cpu", "faiss-gpu-cu12", "numpy", "evc-fast")
+PACKAGES = ("torch", "triton", "transformers", "peft", "av", "faiss-cpu", "faiss-gpu-cu12", "numpy", "evc-fast")
 
 
 def describe(device: str, threads: int) -> dict:
@@ -30,10 +30,10 @@ def describe(device: str, threads: int) -> dict:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else processor_name()
-    return {
+    gpu = gpu_properties(device) if device.startswith("cuda") else {}
+    return gpu | {
         "device": device,
-        "device_name": name,
+        "device_name": torch.cuda.get_device_name(device) if gpu else processor_name(),
         "processor": processor_name(),
         "cores": os.cpu_count(),
         "isa": torch.backends.cpu.get_cpu_capability(),
@@ -42,6 +42,20 @@ def describe(device: str, threads: int) -> dict:
         "memory_bytes": total_memory(),
         "versions": versions,
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+
+
+def gpu_properties(device: str) -> dict:
+    """What a figure of a GPU needs beside its name."""
+    found = torch.cuda.get_device_properties(device)
+    return {
+        "gpu": {
+            "capability": f"{found.major}.{found.minor}",
+            "multiprocessors": found.multi_processor_count,
+            "memory_bytes": found.total_memory,
+            "cache_bytes": found.L2_cache_size,
+            "cuda": torch.version.cuda,
+        }
     }
 
 
@@ -147,7 +161,7 @@ def measure_ceilings(device: str, dtypes: list[torch.dtype], *, quick: bool = Fa
     budget = 0.05 if quick else 0.8
     buffer_bytes = 64 * 2**20 if quick else 512 * 2**20
     if device.startswith("cuda") and not quick:
-        buffer_bytes = 4 * 2**30
+        buffer_bytes, budget = 4 * 2**30, 0.2  # each run takes a millisecond or two
     source = torch.ones(buffer_bytes // 4, device=device)
     target = torch.empty_like(source)
     reads = (source.sum, source.amax, source.view(torch.int64).sum)

@@ -37,9 +37,14 @@ def publish(
     for line in (*targets, *said):
         console.print(f"- {line}", markup=False, highlight=False)
     machine = report["machine"]
+    device = f"Device: {machine['device_name']}, {machine['threads']} threads, kernels: {machine['kernels_isa']}"
+    if "gpu" in machine:
+        device += ", compute capability {capability}, {multiprocessors} multiprocessors, CUDA {cuda}".format(
+            **machine["gpu"]
+        )
     head = [
         f"Date: {machine['date']}",
-        f"Device: {machine['device_name']}, {machine['threads']} threads, kernels: {machine['kernels_isa']}",
+        device,
         "Versions: " + ", ".join(f"{name} {version}" for name, version in machine["versions"].items()),
         *said,
     ]

@@ -16,12 +16,14 @@ from pathlib import Path
 
 import torch
 from _bytes import caption_bytes
+from _device import Device
+from _impls import serving
 from _machine import describe, dtype_name, measure_ceilings, peak_resident_bytes
 from _parts import LLMS, NEW_TOKENS, NUM_BEAMS, Captioner, NotMeasured, RowSpec, build, check_row
 from _stages import PREFIX, STAGES, STEP, TOWER, clock, flop_counter
 
 from evc_fast.data.image_tower import fastest_dtype
-from evc_fast.ops.dispatch import OPS, cpu_isa, implementations
+from evc_fast.ops.dispatch import OPS, cpu_isa
 
 PROGRESS = "@progress "
 # Of the encoder's tokens, ours against reference, relative to the largest.
@@ -73,14 +75,9 @@ def run_row(spec: RowSpec, progress: Progress) -> dict:
 
 def served_by(spec: RowSpec, folded: bool) -> dict[str, str]:
     """Which implementation of each op a row runs; one op does all of the encoder where it is folded."""
-    if folded:
-        return {"folded_encoder": "cpp"}
-    kind = torch.device(spec.device).type
-    return {
-        op: spec.impl
-        or next(i.name for i in implementations(op) if i.available and (kind in i.devices or "any" in i.devices))
-        for op in OPS
-    }
+    device = Device(spec.device)
+    ops = ("folded_encoder",) if folded else OPS
+    return {op: spec.impl or serving(op, device, torch.float32, gradients=False) for op in ops}
 
 
 def check_encoder(captioner: Captioner, spec: RowSpec) -> tuple[dict, list[list[float]]]:

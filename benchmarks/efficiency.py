@@ -51,6 +51,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="tiny shapes, under a minute: a trial, no figures")
     parser.add_argument("--video", type=Path, help="video file to caption; default: a clip that is encoded on the spot")
     parser.add_argument("--repeats", type=positive, help="captions timed a row; default: as the time allows, 3 to 50")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of timed captions a row (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder of the results (default: %(default)s)")
     arguments = parser.parse_args(argv)
     try:
@@ -140,7 +141,7 @@ def row_specs(arguments: argparse.Namespace, video: Path | None) -> list[dict]:
         "quick": arguments.quick,
         "video": None if video is None else str(video),
         "repeats": arguments.repeats,
-        "budget": 0.5 if arguments.quick else 30.0,
+        "budget": 0.5 if arguments.quick else arguments.seconds,
     }
     rows = []
     for decoder in arguments.decoders:

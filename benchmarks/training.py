@@ -4,16 +4,20 @@
 dropout, and "tuned attention" the same with (19)-(21) written as if profiled; "ours" has the products in a cheaper
 order and the fused ops. Outputs and gradients of every contender are held against float64 before it is timed (without
 dropout); a wrong one is reported and not timed. All are timed in turns within one run, and the least of many turns
-counts. The floor is the time of our own matrix products at the matrix peak measured in the same run.
+counts. The floor is the time of our own matrix products at the matrix peak measured in the same run. On a GPU steps in
+CUDA graphs stand beside them, ours by `evc_fast.model.graph_training` too.
 
     python benchmarks/training.py                              # float32, B = 32 and 1, with dropout and without
+    python benchmarks/training.py --device cuda --batch 32
     python benchmarks/training.py --batch 32 --no-compile --profile
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import functools
 import sys
 import time
 from collections import defaultdict
@@ -23,9 +27,22 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from _device import GPU_SLACK, Device, add_arguments, device_of
 from _machine import describe, measure_ceilings, synchronise
 from _page import publish, terminal
 from _report import MISSING, Table, count, milliseconds
+from _training_gpu import (
+    GRAPHED,
+    copy_for_graphs,
+    gpu_judgements,
+    gpu_notes,
+    gpu_table,
+    graphed,
+    in_a_graph,
+    split_calls,
+    take_turns_on_gpu,
+    without_dropout,
+)
 from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -35,6 +52,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from evc_fast.model import FaceNetConfig, FaceNetEncoder
 from evc_fast.model.dropout import Dropout
 from evc_fast.ops import dispatch
+from evc_fast.testing.encoder_cases import ENCODER_WIDTHS
 from evc_fast.testing.tolerances import FORWARD_FACTOR, GRADIENT_FACTOR, error_bound, largest_error
 
 EAGER, COMPILED_EAGER, OURS, COMPILED_OURS = "eager straight", "torch.compile, straight", "ours", "torch.compile, ours"
@@ -53,12 +71,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--dropout", nargs="+", type=float, default=[0.0, 0.1], help="of the FFN's hidden layer (default: 0.0 0.1)"
     )
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    add_arguments(parser)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
     parser.add_argument(
         "--seconds", type=float, default=15.0, help="measuring time of one table, all contenders (default: 15)"
     )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (it takes minutes)")
+    parser.add_argument("--compile-dropout", nargs="+", type=float, help="torch.compile with these only (default: all)")
     parser.add_argument("--profile", action="store_true", help="also tell by operation where our step's time goes")
     parser.add_argument(
         "--out",
@@ -66,14 +85,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default=Path(__file__).parent / "results" / "local",
         help="folder of training.json and training.md (default: %(default)s)",
     )
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    arguments.on = device_of(arguments, parser)
+    return arguments
 
 
 @dataclass
 class Contender:
     """An encoder in training mode, and how it is called."""
 
-    run: nn.Module
+    run: Callable
     impl: str | None
     parameters: list[Tensor]
     emotion_attention: Callable[..., Tensor] | None = None
@@ -81,12 +102,20 @@ class Contender:
 
     def forward(self, inputs: list[Tensor]) -> list[Tensor]:
         module = sys.modules["evc_fast.ops.emotion_attention"]
-        with mock.patch.object(module, "reference", self.emotion_attention or module.reference):
-            output = self.run(*inputs, impl=self.impl)
+        patched = contextlib.nullcontext()
+        if self.emotion_attention is not None:
+            patched = mock.patch.object(module, "reference", self.emotion_attention)
+        with patched:
+            output = self.run(*inputs, **({} if self.impl is None else {"impl": self.impl}))
         return [output.tokens, output.emotion_logits]
 
     def backward(self, outputs: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
         return list(torch.autograd.grad(outputs, self.parameters, gradients))
+
+    def step(self, inputs: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+        """Outputs, then the parameters' gradients."""
+        outputs = self.forward(inputs)
+        return [*outputs, *self.backward(outputs, gradients)]
 
 
 def tuned_emotion_attention(
@@ -119,18 +148,15 @@ def contenders(encoder: FaceNetEncoder, compiled: bool) -> dict[str, Contender]:
 
 
 def wrong(
-    contender: Contender, encoder: FaceNetEncoder, inputs: list[Tensor], gradients: list[Tensor], slack: float
+    actual: list[Tensor], encoder: FaceNetEncoder, inputs: list[Tensor], gradients: list[Tensor], slack: float
 ) -> str:
-    """What strays from float64 further than the project allows, or ""; of a contender without dropout."""
+    """What strays from float64 further than the project allows, or ""; of a contender's step without dropout."""
 
     def straight(dtype: torch.dtype) -> list[Tensor]:
-        model = copy.deepcopy(encoder).to(dtype)
+        model = copy.deepcopy(encoder).to(dtype).eval()
         plain = Contender(model, "reference", list(model.parameters()))
-        outputs = plain.forward([x.to(dtype) for x in inputs])
-        return [*outputs, *plain.backward(outputs, [g.to(dtype) for g in gradients])]
+        return plain.step([x.to(dtype) for x in inputs], [g.to(dtype) for g in gradients])
 
-    outputs = contender.forward(inputs)
-    actual = [*outputs, *contender.backward(outputs, gradients)]
     names = ["tokens", "emotion_logits", *(name for name, _ in encoder.named_parameters())]
     for i, (name, a, p, e) in enumerate(
         zip(names, actual, straight(torch.float32), straight(torch.float64), strict=True)
@@ -192,9 +218,10 @@ def step_profile(contender: Contender, inputs, gradients, steps: int = 10) -> li
 def measure(batch: int, dropout: float, arguments: argparse.Namespace, peak: float) -> dict:
     """Check, then time every contender at one batch size and dropout, at the paper's sizes."""
     torch.manual_seed(0)
-    device = arguments.device
-    config = FaceNetConfig(dropout=dropout)
-    encoder = FaceNetEncoder(config).to(device)
+    device: Device = arguments.on
+    widths = ENCODER_WIDTHS | {"num_frames": 4, "num_emotions": 7} if device.rehearsal else {}
+    config = FaceNetConfig(**widths, dropout=dropout)
+    encoder = FaceNetEncoder(config).to(device.name)
     inputs = [
         torch.randn(batch, config.num_frames, config.video_dim),
         torch.randn(batch, config.num_triplets, 3, config.text_dim),
@@ -204,13 +231,15 @@ def measure(batch: int, dropout: float, arguments: argparse.Namespace, peak: flo
         torch.randn(batch, config.num_queries, config.output_dim),
         torch.randn(batch, config.num_emotions),
     ]
-    inputs, gradients = ([x.to(device) for x in group] for group in (inputs, gradients))
+    inputs, gradients = ([x.to(device.name) for x in group] for group in (inputs, gradients))
     torch._dynamo.reset()
     record = {"batch": batch, "dropout": dropout, "failed": {}, "flops": {}}
     sound: dict[str, Contender] = {}
-    for name, contender in contenders(encoder, not arguments.no_compile).items():
-        contender.run.eval()
-        fault = wrong(contender, encoder, inputs, gradients, 1 if name in (EAGER, TUNED, OURS) else RIVAL_SLACK)
+    compiled = not arguments.no_compile and dropout in (arguments.compile_dropout or arguments.dropout)
+    for name, contender in contenders(encoder, compiled).items():
+        contender.run.train(dropout == 0)
+        slack = RIVAL_SLACK if name in (COMPILED_EAGER, COMPILED_OURS) else GPU_SLACK if device.gpu else 1
+        fault = wrong(contender.step(inputs, gradients), encoder, inputs, gradients, slack)
         contender.run.train()
         if fault:
             record["failed"][name] = fault
@@ -218,12 +247,60 @@ def measure(batch: int, dropout: float, arguments: argparse.Namespace, peak: flo
         sound[name] = contender
         if name in (EAGER, OURS):
             record["flops"][name] = step_flops(contender, inputs, gradients)
-    record["seconds"], record["turns"] = take_turns(sound, inputs, gradients, device, arguments.seconds)
+    if device.gpu:
+        record |= times_on_gpu(record, sound, encoder, inputs, gradients, arguments)
+    else:
+        record["seconds"], record["turns"] = take_turns(sound, inputs, gradients, device.name, arguments.seconds)
     if OURS in sound:
         record["floor_s"] = record["flops"][OURS] / peak
         if arguments.profile:
             record["profile"] = step_profile(sound[OURS], inputs, gradients)
     return record
+
+
+def times_on_gpu(
+    record: dict, sound: dict[str, Contender], encoder: FaceNetEncoder, inputs, gradients, arguments: argparse.Namespace
+) -> dict:
+    """Check the steps in CUDA graphs, then time all contenders; what that adds to the record."""
+    device: Device = arguments.on
+    skipped: dict[str, str] = {}
+    split, whole = dict(sound), {}
+
+    def attempt(name: str, module: nn.Module, capture: Callable[[], Callable[[], list[Tensor]]]) -> None:
+        """Hold the step that `capture` gives against float64, without dropout; then capture it as it is timed."""
+        try:
+            with without_dropout(module):
+                fault = wrong(capture()(), encoder, inputs, gradients, GPU_SLACK)
+            if fault:
+                record["failed"][name] = fault
+            else:
+                whole[name] = capture()
+        except RuntimeError as error:  # what a capture refuses, PyTorch raises as one
+            skipped[name] = f"it cannot be captured: {str(error).splitlines()[0]}"
+
+    for name in (EAGER, OURS):
+        if name in sound:
+            step = functools.partial(sound[name].step, inputs, gradients)
+            attempt(in_a_graph(name), sound[name].run, functools.partial(device.captured, step))
+    if OURS in sound:
+        model = copy_for_graphs(encoder)
+
+        def by_graph_training() -> Callable[[], list[Tensor]]:
+            split[GRAPHED] = Contender(graphed(model, inputs, device), None, list(model.parameters()))
+            return functools.partial(split[GRAPHED].step, inputs, gradients)
+
+        attempt(GRAPHED, model, by_graph_training)
+        if whole.pop(GRAPHED, None) is None:
+            split.pop(GRAPHED, None)
+    steps = {name: functools.partial(each.step, inputs, gradients) for name, each in split.items()} | whole
+    passes = {name: split_calls(each, inputs, gradients) for name, each in split.items()}
+    added = {
+        "skipped": skipped,
+        "launches": {name: device.launches(step) for name, step in steps.items()},
+        "peak_bytes": {name: device.peak_bytes(step) for name, step in steps.items()},
+    }
+    found, added["turns"] = take_turns_on_gpu(device, passes, whole, arguments.seconds)
+    return added | {"seconds": found["least"], "median_s": found["median"]}
 
 
 def table(record: dict) -> Table:
@@ -276,10 +353,11 @@ def notes(machine: dict) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
+    device = arguments.on
     torch.set_num_threads(arguments.threads)
-    console = terminal()
-    machine = describe(arguments.device, arguments.threads) | {"kernels_isa": dispatch.cpu_isa()}
-    machine["ceilings"] = measure_ceilings(arguments.device, [torch.float32])
+    console = terminal(150 if device.gpu else 120)
+    machine = describe(device.name, arguments.threads) | {"kernels_isa": dispatch.cpu_isa()}
+    machine["ceilings"] = measure_ceilings(device.name, [torch.float32], quick=device.rehearsal)
     peak = machine["ceilings"]["matrix_flops_per_s"]["float32"]
     todo = [(batch, dropout) for batch in arguments.batch for dropout in arguments.dropout]
     records = []
@@ -289,11 +367,16 @@ def main(argv: list[str] | None = None) -> int:
             progress.update(task, description=f"B={batch}, dropout {dropout:g}")
             records.append(measure(batch, dropout, arguments, peak))
             progress.advance(task)
-    shown = [table(record) for record in records]
+    shown = [gpu_table(record, EAGER) if device.gpu else table(record) for record in records]
     shown += [profile_table(record) for record in records if "profile" in record]
     report = {"machine": machine, "records": records}
-    title = "A training step of the encoder, measured"
-    publish(console, arguments.out, "training", title, report, shown, notes(machine))
+    said, reached = notes(machine), []
+    if device.gpu:
+        said += gpu_notes(device)
+        reached = gpu_judgements(records, EAGER, (OURS, GRAPHED), COMPILED_EAGER)
+        report["targets"] = reached
+    title = device.title("A training step of the encoder, measured")
+    publish(console, arguments.out, "training", title, report, shown, said, reached)
     return 1 if any(record["failed"] for record in records) else 0
 
 
