@@ -30,6 +30,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __align__(n) alignas(n)
 #define EVC_SHARED(type, name, count)   \
   alignas(16) static char name##_place; \
@@ -152,6 +153,7 @@ struct Block {
 struct Machine {
   std::mutex one_launch;
   int multiprocessors = 2, order = 0;  // order: of threads and blocks, 0 ascending, 1 descending
+  unsigned blocks_arrived = 0;         // at the grid's barriers, of all so far
   int64_t launches = 0;
   std::map<const void*, size_t> allowed_shared;  // by kernel
   std::function<void()> body;
@@ -199,6 +201,18 @@ inline void sync_block() {
   for (Fiber* fiber : block.fibers)
     if (fiber->waits_at) wake(fiber);
   spin();  // in turn with the others, lest the last thread to arrive always be the first to go on
+}
+
+// The grid's barrier, kept by each block's first thread; its token: how many arrivals of blocks there must have been.
+inline unsigned grid_arrive() {
+  sync_block();
+  if (threadIdx.x != 0) return 0;
+  machine.progress = true;
+  return (machine.blocks_arrived++ / gridDim.x + 1) * gridDim.x;
+}
+inline void grid_wait(unsigned token) {
+  while (machine.blocks_arrived < token) spin();
+  sync_block();
 }
 
 // All lanes of a warp meet, each with a value: what they brought, by lane, until the warp meets again.
@@ -345,6 +359,7 @@ inline cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, 
     return refuse(cudaErrorCooperativeLaunchTooLarge, "too many blocks in a cooperative launch");
 
   m.failure.clear();
+  m.blocks_arrived = 0;
   gridDim = config.gridDim;
   blockDim = config.blockDim;
   m.body = std::move(body);
