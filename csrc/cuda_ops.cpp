@@ -10,7 +10,7 @@
 namespace evc {
 namespace {
 
-std::atomic<const CudaKernels*> loaded{nullptr};
+std::atomic<const CudaKernels*> loaded[2];  // for CUDA tensors, and the emulation for CPU tensors
 std::atomic<int> blocks{0};
 
 typedef AOTITorchError (*CurrentStream)(int32_t device, void** stream);
@@ -32,9 +32,8 @@ CurrentStream find_current_stream() {
 }  // namespace
 
 const CudaKernels& cuda_kernels(const Tensor& like) {
-  const CudaKernels* kernels = loaded;
-  STD_TORCH_CHECK(kernels, "evc_fast: the library of CUDA kernels is not loaded");
-  STD_TORCH_CHECK(kernels->emulated == like.is_cpu(), "evc_fast: the loaded CUDA kernels do not serve tensors of this device");
+  const CudaKernels* kernels = loaded[like.is_cpu()];
+  STD_TORCH_CHECK(kernels, "evc_fast: no library of CUDA kernels for tensors of this device is loaded");
   return *kernels;
 }
 
@@ -67,7 +66,7 @@ const char* load(const char* path) {
     reason = obstacle;
     return reason.c_str();
   }
-  loaded = kernels;
+  loaded[kernels->emulated] = kernels;
   return nullptr;
 }
 
@@ -168,9 +167,9 @@ std::tuple<Tensor, Tensor, Tensor> routing_aggregation_inference(const Tensor& f
 
 // Null, or one sentence: why the library at `path` does not run on the current device, and what mends it.
 EVC_EXPORT const char* evc_fast_load_cuda(const char* path) { return evc::load(path); }
-// What the loaded library was compiled for; "" where none is.
+// What the library for CUDA tensors was compiled for; "" where none is loaded.
 EVC_EXPORT const char* evc_fast_cuda_architectures() {
-  const evc::CudaKernels* kernels = evc::loaded;
+  const evc::CudaKernels* kernels = evc::loaded[0];
   return kernels ? kernels->architectures : "";
 }
 // Tests: every kernel is to be right at any grid size. 0 gives the choice back to the kernels.
