@@ -38,6 +38,7 @@ class Subject:
         encoder = build_encoder(**sizes).float().requires_grad_(False)  # values that float32 holds
         self.exact = copy.deepcopy(encoder).double()
         self.encoder = encoder.to(self.device.name)
+        self.counted: dict[tuple[str, int], int] = {}  # FLOPs by graph and batch
         self._folds: dict[torch.dtype, FoldedEncoder] = {}
         self._artefacts: dict[str, Path] = {}
 

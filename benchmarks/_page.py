@@ -17,7 +17,7 @@ def terminal(width: int = 120) -> Console:
 
 
 def publish(
-    console: Console,
+    console: Console | None,
     folder: Path,
     stem: str,
     title: str,
@@ -28,14 +28,9 @@ def publish(
 ) -> None:
     """Print the tables, each with its notes, then `targets` and `said`; write `stem`.json and `stem`.md into `folder`.
 
+    console: None only writes, as after each part of a long run, so that its end is not the end of what it found.
     report: what the JSON holds; its "machine" heads the page. said: notes of the whole run.
     """
-    for table in tables:
-        console.print(table.rich())
-        for note in table.notes:
-            console.print(f"- {note}", markup=False, highlight=False)
-    for line in (*targets, *said):
-        console.print(f"- {line}", markup=False, highlight=False)
     machine = report["machine"]
     device = f"Device: {machine['device_name']}, {machine['threads']} threads, kernels: {machine['kernels_isa']}"
     if "gpu" in machine:
@@ -55,4 +50,12 @@ def publish(
     paths = folder / f"{stem}.json", folder / f"{stem}.md"
     paths[0].write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     paths[1].write_text("\n".join(page), encoding="utf-8")
+    if console is None:
+        return
+    for table in tables:
+        console.print(table.rich())
+        for note in table.notes:
+            console.print(f"- {note}", markup=False, highlight=False)
+    for line in (*targets, *said):
+        console.print(f"- {line}", markup=False, highlight=False)
     console.print(f"Written: {paths[0]}, {paths[1]}", highlight=False)

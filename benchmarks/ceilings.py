@@ -65,8 +65,8 @@ def main(argv: list[str] | None = None) -> int:
     ceilings = measure_ceilings(device.name, dtypes, quick=device.rehearsal)
     machine["ceilings"] = ceilings | {"launch_s": launch_seconds(device)}
     said = [
-        "Each the best of many runs of plain PyTorch, products on random values, in buffers far larger than the caches; "
-        "a copy's bytes are counted as read and as written. tf32 is off."
+        "Each the best of many runs of plain PyTorch, products on random values, in buffers far larger than the "
+        "caches; a copy's bytes are counted as read and as written. tf32 is off."
     ]
     title = device.title("What the device can do, measured")
     publish(terminal(), arguments.out, "ceilings", title, {"machine": machine}, [table(machine["ceilings"])], said)

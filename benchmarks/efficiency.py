@@ -281,9 +281,19 @@ def measure(arguments: argparse.Namespace, console: Console) -> tuple[dict, bool
         for spec in rows:
             record = run({"row": spec}, f"{spec['decoder']}, {'reference' if spec['impl'] else 'ours'}")
             records.append({"method": spec["method"], "decoder": spec["decoder"], "spec": spec} | record)
+            # After each row, so that the end of a long run is not the end of what it found.
+            so_far = [{key: value for key, value in each.items() if key != "features"} for each in records]
+            save(assembled(arguments, settings, description, machine, so_far), arguments.out)
         compare_towers(records)
         good = good and not any(record["status"] == "failed" for record in records)
         machine = better_of(machine, run({"machine": settings}, "machine, once more"))
+    return assembled(arguments, settings, description, machine, records), good
+
+
+def assembled(
+    arguments: argparse.Namespace, settings: dict, description: str, machine: dict, records: list[dict]
+) -> dict:
+    """The report, floors included."""
     report = {
         "kind": "evc_fast efficiency",
         "random_weights": True,
@@ -296,7 +306,7 @@ def measure(arguments: argparse.Namespace, console: Console) -> tuple[dict, bool
         "rows": records,
     }
     add_floors(report)
-    return report, good
+    return report
 
 
 def main(argv: list[str] | None = None) -> int:

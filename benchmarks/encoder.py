@@ -35,6 +35,7 @@ from _page import publish, terminal
 from _report import MISSING, Table, count, milliseconds
 from _stages import flop_counter
 from efficiency import better_of
+from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
@@ -127,11 +128,14 @@ def relative_error(found: Tensor, oracle: Tensor) -> float:
 
 def executed_flops(row: Row, subject: Subject, inputs: Inputs) -> int:
     """Matrix products of one call, 2 FLOPs a multiply-add."""
-    inputs = [x.cpu() for x in inputs]
-    run = COUNTED[row.graph](subject.on_cpu)
-    with flop_counter() as counter:
-        run(inputs)
-    return counter.get_total_flops()
+    key = row.graph, len(inputs[0])
+    if key not in subject.counted:
+        on_cpu = [x.cpu() for x in inputs]
+        run = COUNTED[row.graph](subject.on_cpu)
+        with flop_counter() as counter:
+            run(on_cpu)
+        subject.counted[key] = counter.get_total_flops()
+    return subject.counted[key]
 
 
 def weight_bytes(row: Row, subject: Subject) -> int:
@@ -397,6 +401,8 @@ def main(argv: list[str] | None = None, sizes: dict | None = None) -> int:
     dtypes = list(dict.fromkeys([F32, *(rows_on(device)[name].dtype for name in names)]))
     machine = describe(device.name, arguments.threads) | {"kernels_isa": dispatch.cpu_isa()}
     machine["load"] = os.getloadavg()[0]
+    page = functools.partial(publish_records, device=device, out=arguments.out)
+    records: list[dict] = []
     with (
         tempfile.TemporaryDirectory() as folder,
         Progress(console=console, transient=True) as progress,
@@ -404,7 +410,6 @@ def main(argv: list[str] | None = None, sizes: dict | None = None) -> int:
         task = progress.add_task("ceilings", total=2 + len(arguments.batch))
         machine["ceilings"] = ceilings_now(dtypes, device)
         subject = Subject(PAPER if sizes is None else sizes, arguments.threads, Path(folder), device)
-        records = []
         for batch in arguments.batch:
             progress.advance(task)
             say = functools.partial(progress.update, task, description=f"B={batch}")
@@ -413,22 +418,32 @@ def main(argv: list[str] | None = None, sizes: dict | None = None) -> int:
             records.append(
                 measure(batch, subject, rows, arguments.seconds, lambda text, say=say: say(description=text))
             )
+            page(None, records, machine, [])
         progress.update(task, description="ceilings, once more", advance=1)
         machine = better_of(machine, {"ceilings": ceilings_now(dtypes, device)})
+    page(console, records, machine, [] if device.gpu else measure_parts(arguments.batch))
+    return 1 if any(record["failed"] for record in records) else 0
+
+
+def publish_records(
+    console: Console | None, records: list[dict], machine: dict, parts: list[dict], *, device: Device, out: Path
+) -> None:
+    """Add the floors, and publish what has been measured; without a console it is only written."""
     for record in records:
         add_floors(record, machine["ceilings"])
+    said = disturbances(records, machine)
     report = {"machine": machine, "records": records}
     if device.gpu:
         shown, reached = [gpu_table(record) for record in records], gpu_judgements(records)
-        said = disturbances(records, machine) + gpu_notes(machine["ceilings"])
+        said += gpu_notes(machine["ceilings"])
     else:
-        report["parts"] = parts = measure_parts(arguments.batch)
-        shown = [*(table(record) for record in records), *(parts_table(parts, batch) for batch in arguments.batch)]
+        report["parts"] = parts
+        shown = [table(record) for record in records]
+        shown += [parts_table(parts, batch) for batch in dict.fromkeys(part["batch"] for part in parts)]
         reached = judgements(records, parts)
-        said = disturbances(records, machine) + notes(machine["ceilings"])
+        said += notes(machine["ceilings"])
     report["targets"] = reached
-    publish(console, arguments.out, "encoder", device.title("The encoder, measured"), report, shown, said, reached)
-    return 1 if any(record["failed"] for record in records) else 0
+    publish(console, out, "encoder", device.title("The encoder, measured"), report, shown, said, reached)
 
 
 if __name__ == "__main__":

@@ -257,16 +257,17 @@ def main(argv: list[str] | None = None) -> int:
     machine["ceilings"] = measure_ceilings(device.name, known, quick=device.rehearsal)
     peaks = machine["ceilings"]["matrix_flops_per_s"]
     todo = [(op, batch, dtype) for op in arguments.op for dtype in dtypes for batch in arguments.batch]
-    records = []
+    records: list[dict] = []
+    title, report = device.title("The fused ops, measured"), {"machine": machine, "records": records}
+    said = gpu_notes(machine) if device.gpu else notes(machine)
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("ops", total=len(todo))
         for op, batch, dtype in todo:
             progress.update(task, description=f"{op} B={batch} {dtype_name(dtype)}")
             records.append(measure(benchmark_case(op, batch), dtype, arguments, peaks[dtype_name(dtype)]))
             progress.advance(task)
-    report = {"machine": machine, "records": records}
-    said = gpu_notes(machine) if device.gpu else notes(machine)
-    publish(console, arguments.out, "ops", device.title("The fused ops, measured"), report, tables(records), said)
+            publish(None, arguments.out, "ops", title, report, tables(records), said)
+    publish(console, arguments.out, "ops", title, report, tables(records), said)
     return 1 if any(r["failed"] for r in records) else 0
 
 

@@ -43,6 +43,7 @@ from _training_gpu import (
     take_turns_on_gpu,
     without_dropout,
 )
+from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -360,13 +361,21 @@ def main(argv: list[str] | None = None) -> int:
     machine["ceilings"] = measure_ceilings(device.name, [torch.float32], quick=device.rehearsal)
     peak = machine["ceilings"]["matrix_flops_per_s"]["float32"]
     todo = [(batch, dropout) for batch in arguments.batch for dropout in arguments.dropout]
-    records = []
+    records: list[dict] = []
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("training", total=len(todo))
         for batch, dropout in todo:
             progress.update(task, description=f"B={batch}, dropout {dropout:g}")
             records.append(measure(batch, dropout, arguments, peak))
             progress.advance(task)
+            publish_records(None, records, machine, arguments)
+    publish_records(console, records, machine, arguments)
+    return 1 if any(record["failed"] for record in records) else 0
+
+
+def publish_records(console: Console | None, records: list[dict], machine: dict, arguments: argparse.Namespace) -> None:
+    """Publish what has been measured; without a console it is only written."""
+    device = arguments.on
     shown = [gpu_table(record, EAGER) if device.gpu else table(record) for record in records]
     shown += [profile_table(record) for record in records if "profile" in record]
     report = {"machine": machine, "records": records}
@@ -377,7 +386,6 @@ def main(argv: list[str] | None = None) -> int:
         report["targets"] = reached
     title = device.title("A training step of the encoder, measured")
     publish(console, arguments.out, "training", title, report, shown, said, reached)
-    return 1 if any(record["failed"] for record in records) else 0
 
 
 if __name__ == "__main__":
