@@ -291,12 +291,18 @@ print(count)
 """
 
 
-def test_nothing_is_read_past_the_end_of_the_inputs(emulator: Emulator, tmp_path: Path) -> None:
+UNDEFINED = ("-fsanitize=undefined", "-fno-sanitize-recover=all")  # misaligned vectors, overflows, shifts, bounds
+
+
+@pytest.mark.parametrize(
+    "flags", [pytest.param((), id="as-shipped"), pytest.param(UNDEFINED, id="sanitized", marks=pytest.mark.slow)]
+)
+def test_nothing_is_read_past_the_end_of_the_inputs(emulator: Emulator, flags: tuple[str, ...], tmp_path: Path) -> None:
     script = tmp_path / "edge.py"
     script.write_text(AT_THE_EDGE)
     paths = os.pathsep.join(filter(None, [str(Path(ops.__file__).parents[2]), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, str(script), str(emulation.build())],
+        [sys.executable, str(script), str(emulation.build(flags=flags))],
         env={**os.environ, "PYTHONPATH": paths},
         capture_output=True,
         text=True,
