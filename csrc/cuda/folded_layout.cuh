@@ -16,12 +16,35 @@ __host__ __device__ constexpr int parts(int64_t n, int of) { return static_cast<
 // Elements from one row of a left operand in shared memory to the next: the 8 rows that a warp reads at a time lie in
 // different banks.
 template <class S>
-constexpr int shared_stride(int depth) {
+__host__ __device__ constexpr int shared_stride(int depth) {
   return sizeof(S) == 4 ? depth + 4 : (depth / kDeep | 1) * kDeep;
 }
 
+// Where a block's parts of its shared memory begin, bytes: what all stages use, then each stage's own over one another.
+struct SharedOffsets {
+  int exchange;     // float [kWarps, kExchange], where S is float: left operands pass through it
+  int calibration;  // float [4]: entropies of the three components, and theta
+  // Hidden layer: H of 16 frames, and their attention times theta alpha.
+  int h;          // S [16, shared_stride(by_head)]
+  int attention;  // float [16, heads, 3]
+  // LayerNorm: 16 rows before and after.
+  int before;  // float [16, width + 4]
+  int after;   // S [16, shared_stride(width)]
+  // Routing, of 8 columns.
+  int weights;     // float [N, K]
+  int means;       // float [K], the video router's logits
+  int routed;      // float [N, 8]
+  int sums;        // float [kWarps, 2, 8]
+  int context;     // float [together, frames, 8]
+  int candidates;  // S [together, 8, shared_stride(frames_deep)]
+  int read;        // S [N_q to whole tiles, shared_stride(by_head)]: what Attn_d has read
+};
+constexpr int kPartials = 12;                      // tiles of sums at offset 0: one of each warp, and four of the gate
+constexpr int kExchange = kRows * (kDeep + 4);     // of a warp
+
 template <class S>
 struct Layout {
+  typedef S Storage;
   typedef FoldedCudaWeight Weight;
 
   int B, N, K, W, d, heads, head, queries, output_width, video_width, text_width;
@@ -74,6 +97,10 @@ struct Layout {
   float* gate_stats;      // the same of (20)'s [.. frames, 2]
   float* mean_gate;       // (20), mean over its rows [.. frames]
   int64_t workspace_bytes;
+
+  SharedOffsets shared;
+  int64_t shared_bytes;
+  int together;  // triplets that are routed at a time: enough row tiles for all warps
 
   Layout(const FoldedCudaArgs& a, int64_t videos, void* workspace)
       : B(int(videos)), N(int(a.N)), K(int(a.K)), W(int(a.W)), d(int(a.d)), heads(int(a.heads)), head(int(a.d / a.heads)),
@@ -143,6 +170,39 @@ struct Layout {
     take(gate_stats, explain ? attending * 2 : 0);
     take(mean_gate, explain ? attending : 0);
     workspace_bytes = used;
+    share();
+  }
+
+  void share() {
+    int64_t at = 0;
+    shared_bytes = 0;
+    const auto take = [&](int& offset, int64_t elements, size_t size) {
+      offset = static_cast<int>(at);
+      at += (elements * int64_t(size) + 15) / 16 * 16;
+      shared_bytes = at > shared_bytes ? at : shared_bytes;
+    };
+    int partials;
+    take(partials, kPartials * 128, sizeof(float));
+    take(shared.exchange, sizeof(S) == 4 ? kWarps * kExchange : 0, sizeof(float));
+    const int64_t common = at;
+    take(shared.calibration, 4, sizeof(float));
+    at = common;
+    take(shared.h, kRows * int64_t(shared_stride<S>(by_head)), sizeof(S));
+    take(shared.attention, kRows * 3 * int64_t(heads), sizeof(float));
+    at = common;
+    take(shared.before, kRows * int64_t(width + 4), sizeof(float));
+    take(shared.after, kRows * int64_t(shared_stride<S>(width)), sizeof(S));
+    at = common;
+    const int enough = parts(kWarps, row_tiles);
+    together = enough < K ? enough : K;
+    take(shared.weights, int64_t(N) * K, sizeof(float));
+    take(shared.means, K, sizeof(float));
+    take(shared.routed, int64_t(N) * kColumns, sizeof(float));
+    take(shared.sums, kWarps * 2 * kColumns, sizeof(float));
+    take(shared.context, int64_t(together) * frames * kColumns, sizeof(float));
+    take(shared.candidates, int64_t(together) * kColumns * shared_stride<S>(frames_deep), sizeof(S));
+    at = common;
+    take(shared.read, round_up(queries, kRows) * int64_t(shared_stride<S>(by_head)), sizeof(S));
   }
 
   static int64_t round_up64(int64_t bytes) { return (bytes + 255) / 256 * 256; }
@@ -182,7 +242,7 @@ struct Layout {
       default: return none;
     }
   }
-  static bool is_vector(Weight w) {
+  __host__ __device__ static bool is_vector(Weight w) {
     switch (w) {
       case Weight::kVisualBias: case Weight::kRouterBias: case Weight::kFfnBias: case Weight::kNormWeight:
       case Weight::kNormBias: case Weight::kWordsBias: case Weight::kEmotionBias: case Weight::kGateBias:

@@ -15,6 +15,12 @@ namespace evc::folded {
 __device__ inline int lane_of() { return static_cast<int>(threadIdx.x % kWarp); }
 __device__ inline int warp_of() { return static_cast<int>(threadIdx.x / kWarp); }
 
+// Steps of the depth: [begin, end).
+struct Range {
+  int begin, end;
+};
+__device__ inline Range part_of(int steps, int part, int of) { return {steps * part / of, steps * (part + 1) / of}; }
+
 // 16 rows of a left operand, one step deep.
 template <class S>
 struct Left {
@@ -41,9 +47,6 @@ struct Left {
     }
   }
 };
-
-// What `make` of float passes through: a warp's own.
-constexpr int kExchange = kRows * (kDeep + 4);
 
 template <>
 struct Left<float> {
@@ -123,21 +126,21 @@ struct Sums {
     mma<S>(chain[0], {x.x, y.x, x.y, y.y}, {w.x, w.y});
     mma<S>(chain[1], {x.z, y.z, x.w, y.w}, {w.z, w.w});
   }
-  // Steps [begin, end) of rows as of Left::load; all loads of kAhead steps are under way before the first product.
-  __device__ void multiply(const S* const (&rows)[2], const Right<S>& right, int begin, int end) {
+  // rows: as of Left::load; all loads of kAhead steps are under way before the first product.
+  __device__ void multiply(const S* const (&rows)[2], const Right<S>& right, Range steps) {
     constexpr int kAhead = 10;
-    for (int step = begin; step < end; step += kAhead) {
+    for (int step = steps.begin; step < steps.end; step += kAhead) {
       Left<S> left[kAhead];
       typename Right<S>::Step columns[kAhead];
 #pragma unroll
       for (int i = 0; i < kAhead; ++i)
-        if (step + i < end) {
+        if (step + i < steps.end) {
           columns[i] = right.load(step + i);
           left[i].load(rows, step + i);
         }
 #pragma unroll
       for (int i = 0; i < kAhead; ++i)
-        if (step + i < end) add(left[i], columns[i]);
+        if (step + i < steps.end) add(left[i], columns[i]);
     }
   }
 };
@@ -163,8 +166,8 @@ struct Sums<float> {
         for (int i = 0; i < 4; ++i) chain[k % 2][i] = fmaf(x[i / 2][j], w[i % 2][j], chain[k % 2][i]);
     }
   }
-  __device__ void multiply(const float* const (&rows)[2], const Right<float>& right, int begin, int end) {
-    for (int step = begin; step < end; ++step) {
+  __device__ void multiply(const float* const (&rows)[2], const Right<float>& right, Range steps) {
+    for (int step = steps.begin; step < steps.end; ++step) {
       Left<float> left;
       left.load(rows, step);
       add(left, right.load(step));
@@ -172,61 +175,48 @@ struct Sums<float> {
   }
 };
 
-// The caller's features as a left operand: any alignment and depth, float32 or the weights' type.
-template <class S>
+// The caller's features as a left operand: any depth, float32 or the weights' type.
+template <class S, class In>
 struct Features {
-  const void* at;
+  const In* at;
   int depth;
-  bool wide, aligned;
+  bool aligned;  // every row, to 16 bytes
 
-  // The lane's part of a step of two rows, as it lies in memory.
+  // The lane's part of a step of one row, as it lies in memory.
   union Part {
-    uint4 bits[2];
-    float wide[8];
-    S narrow[16 / sizeof(S)];
+    uint4 bits[sizeof(In) / 2];
+    In at[8];
   };
   __device__ void load(Part& part, int64_t row, int step) const {
     const int k = step * kDeep + lane_of() % 4 * 8;
-    part.bits[0] = part.bits[1] = make_uint4(0, 0, 0, 0);
-    if (row < 0) return;
-    const char* from = static_cast<const char*>(at) + (row * depth + k) * (wide ? 4 : int(sizeof(S)));
-    if (aligned && k + 8 <= depth) {
-      part.bits[0] = *reinterpret_cast<const uint4*>(from);
-      if (wide) part.bits[1] = *reinterpret_cast<const uint4*>(from + 16);
-    } else if (wide) {
+    const In* from = at + row * depth + k;
+    if (row >= 0 && aligned && k + 8 <= depth) {
 #pragma unroll
-      for (int j = 0; j < 8; ++j)
-        if (k + j < depth) part.wide[j] = reinterpret_cast<const float*>(from)[j];
-    } else if constexpr (sizeof(S) == 2) {
+      for (int i = 0; i < int(sizeof(In)) / 2; ++i) part.bits[i] = reinterpret_cast<const uint4*>(from)[i];
+    } else {
 #pragma unroll
-      for (int j = 0; j < 8; ++j)
-        if (k + j < depth) part.narrow[j] = reinterpret_cast<const S*>(from)[j];
+      for (int j = 0; j < 8; ++j) part.at[j] = row >= 0 && k + j < depth ? from[j] : In{};
     }
   }
-  __device__ float value(const Part& part, int j) const {
-    if constexpr (sizeof(S) == 2)
-      if (!wide) return widen(part.narrow[j]);
-    return part.wide[j];
-  }
   // rows: the lane's two, -1 for zeros; exchange: as of Left::make.
-  __device__ void multiply(Sums<S>& sums, const int64_t (&rows)[2], const Right<S>& right, int begin, int end, float* exchange) const {
-    constexpr int kAhead = sizeof(S) == 2 ? 8 : 2;
-    for (int step = begin; step < end; step += kAhead) {
+  __device__ void multiply(Sums<S>& sums, const int64_t (&rows)[2], const Right<S>& right, Range steps, float* exchange) const {
+    constexpr int kAhead = sizeof(In) == 2 ? 8 : sizeof(S) == 2 ? 4 : 1;
+    for (int step = steps.begin; step < steps.end; step += kAhead) {
       Part parts[kAhead][2];
       typename Right<S>::Step columns[kAhead];
 #pragma unroll
       for (int i = 0; i < kAhead; ++i)
-        if (step + i < end) {
+        if (step + i < steps.end) {
           columns[i] = right.load(step + i);
           load(parts[i][0], rows[0], step + i);
           load(parts[i][1], rows[1], step + i);
         }
 #pragma unroll
       for (int i = 0; i < kAhead; ++i)
-        if (step + i < end) {
+        if (step + i < steps.end) {
           float x[2][8];
 #pragma unroll
-          for (int j = 0; j < 8; ++j) x[0][j] = value(parts[i][0], j), x[1][j] = value(parts[i][1], j);
+          for (int j = 0; j < 8; ++j) x[0][j] = widen(parts[i][0].at[j]), x[1][j] = widen(parts[i][1].at[j]);
           Left<S> left;
           left.make(x, exchange);
           sums.add(left, columns[i]);
@@ -312,11 +302,5 @@ __device__ void for_tiles(int first, int last, float* partials, const Product& p
     if constexpr (kSplit > 1) __syncthreads();
   }
 }
-
-// Steps of the depth that part `part` of `of` takes.
-struct Range {
-  int begin, end;
-};
-__device__ inline Range part_of(int steps, int part, int of) { return {steps * part / of, steps * (part + 1) / of}; }
 
 }  // namespace evc::folded

@@ -46,7 +46,7 @@ constexpr CudaKernels kKernels{kCudaKernelsVersion,   kEmulated,
                                EVC_CUDA_ARCHS,        obstacle,
                                error_text,            entropy_calibration,
                                emotion_attention,     emotion_attention_workspace,
-                               routing_aggregation,   nullptr};
+                               routing_aggregation,   &kFoldedKernels};
 
 }  // namespace
 }  // namespace evc

@@ -41,6 +41,10 @@ SCHEMAS = (
     " int[] sizes, float norm_eps, bool explain) -> (Tensor tokens, Tensor emotion_logits, Tensor component_weights,"
     " Tensor triplet_weights, Tensor routing_weights, Tensor emotion_distribution, Tensor fact_gate,"
     " Tensor emotion_gate)",
+    "folded_encoder_cuda(Tensor video, Tensor? triplets, Tensor? similarity, Tensor? groups, Tensor[] weights,"
+    " int[] sizes, float norm_eps, bool explain) -> (Tensor tokens, Tensor emotion_logits, Tensor component_weights,"
+    " Tensor triplet_weights, Tensor routing_weights, Tensor emotion_distribution, Tensor fact_gate,"
+    " Tensor emotion_gate)",
     "weight_buffer(Tensor like, int elements) -> Tensor",
     "pack_weight(Tensor weight) -> Tensor",
     "packed_linear(Tensor input, Tensor packed, Tensor? bias, Tensor? residual, int columns, int activation) -> Tensor",
