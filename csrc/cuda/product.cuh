@@ -61,8 +61,9 @@ struct Tile {
     const int lane = threadIdx.x % kWarp, t = lane % 4;
     const auto own = b.column(column + lane / 4);
     a += lane / 4 * stride + 2 * t;
+    constexpr int kAhead = kTall == 1 ? 4 : 2;  // loads in flight, as registers allow
     int k = 0;
-#pragma unroll 4
+#pragma unroll kAhead
     for (; k + 16 <= b.depth; k += 16) step(a + k, stride, {own.pair(k + 2 * t), own.pair(k + 2 * t + 8)});
     if (k < b.depth) step(a + k, stride, {own.checked_pair(k + 2 * t), own.checked_pair(k + 2 * t + 8)});
   }
