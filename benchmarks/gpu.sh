@@ -127,7 +127,7 @@ build() {
 tests() {
   printf '[pytest]\naddopts = --import-mode=importlib\nmarkers = slow: left out here\n' >"$WORK/pytest.ini"
   local workers=()
-  if ! ((CPU)) && "$PYTHON" -c 'import xdist' 2>/dev/null; then workers=(-n 8); fi
+  if ! ((CPU)) && "$PYTHON" -c 'import xdist' 2>/dev/null; then workers=(-n 10); fi
   "$PYTHON" -P -m pytest -c "$WORK/pytest.ini" --rootdir "$ROOT" -p no:cacheprovider -q -rfE -m 'not slow' \
     "${workers[@]}" "$@"
 }
@@ -166,7 +166,11 @@ if ! ((INSTALLED)); then
 fi
 # Nothing is timed here, so that these three run side by side.
 if ((CPU)); then export EVC_FAST_GPU_REHEARSAL=1; fi
-measure tests 150 bash -c 'tests "$@"' _ "$ROOT/tests/test_on_gpu.py" &
+TESTS=("$ROOT"/tests/test_on_gpu*.py)
+if ! ((CPU)); then # of these what runs the library itself, not its emulation
+  TESTS+=("$ROOT"/tests/test_cuda_{ops,emulation}.py -k 'gpu or replays or current_stream or own_device or fastest')
+fi
+measure tests 150 bash -c 'tests "$@"' _ "${TESTS[@]}" &
 measure memcheck 150 bash -c 'sanitize memcheck' &
 measure racecheck 150 bash -c 'sanitize racecheck' &
 wait
