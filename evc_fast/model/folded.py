@@ -16,16 +16,23 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from evc_fast import ops
 from evc_fast.model.attention import MultiHeadAttention
+from evc_fast.model.folded_graph import GraphedCall
 from evc_fast.model.inputs import check_inputs
 from evc_fast.model.output import EncoderOutput, Explanation
 from evc_fast.model.stamp import Stamp
+from evc_fast.ops import _cuda
 from evc_fast.ops._library import EXTENSION_MISSING
-from evc_fast.ops.dispatch import CPP_DTYPES, FLOATING_DTYPES, Impl
-from evc_fast.reference.folded_encoder import FoldedOptions, FoldedWeights
+from evc_fast.ops.dispatch import CPP_DTYPES, FLOATING_DTYPES, GPU_DTYPES, Impl
+from evc_fast.ops.folded_cuda import pack_folded_encoder_cuda
+from evc_fast.reference.folded_encoder import FoldedOptions, FoldedOutput, FoldedWeights
 
 if TYPE_CHECKING:
     from evc_fast.model.config import FaceNetConfig
     from evc_fast.model.encoder import FaceNetEncoder
+
+# Videos up to which one kernel for the whole encoder is expected to beat the library's products under a CUDA graph.
+# Predicted, not measured: with this many videos, the products of a stage fill the tensor cores of a large GPU.
+_KERNEL_VIDEOS = 8
 
 
 class FoldedEncoder(nn.Module):
@@ -33,6 +40,7 @@ class FoldedEncoder(nn.Module):
 
     Its buffers are products of the encoder's weights (:class:`~evc_fast.reference.folded_encoder.FoldedWeights`).
     A compiled or exported graph of it holds the plain PyTorch form, and no longer asks whether the encoder has changed.
+    On a GPU, few videos run in one kernel, many as plain PyTorch in a CUDA graph, captured at the first call of a size.
 
     Args:
         weights: made by :func:`fold_weights`.
@@ -51,7 +59,9 @@ class FoldedEncoder(nn.Module):
         self.options = folded_options(config, norm_eps)
         for name, weight in weights._asdict().items():
             self.register_buffer(name, weight)
-        self._packed: tuple[Stamp, list[Tensor]] | None = None
+        # The buffers' state; "cpp" or "cuda", for which they are packed, or ""; what the kernel reads.
+        self._packed: tuple[Stamp, str, list[Tensor]] | None = None
+        self._graphs: dict[bool, GraphedCall] = {}  # by `explain`
         self._source: weakref.ref | None = None  # the encoder, which remembers how it was
         self._pack()
         self.eval()
@@ -86,8 +96,8 @@ class FoldedEncoder(nn.Module):
         Features of bfloat16 and float16 modules may be float32 too.
 
         Args:
-            impl: "reference" is plain PyTorch, differentiable in the features; "cpp" one compiled call without
-                gradients; None takes the compiled one where it serves and no gradient is asked for.
+            impl: "reference" is plain PyTorch, differentiable in the features; "cpp", and "cuda" on a GPU, one compiled
+                call without gradients; None takes what is fastest where it serves and no gradient is asked for.
 
         Raises:
             TypeError, ValueError: an argument is missing, superfluous, or of the wrong type, shape or device;
@@ -113,21 +123,25 @@ class FoldedEncoder(nn.Module):
         impl: Impl | None = None,
     ) -> EncoderOutput:
         """:meth:`forward` where inputs and weights are known to be as they should."""
-        packed = self._packed
+        inputs = video, triplets, similarity, groups
         if impl is None and torch.compiler.is_compiling():
             impl = "reference"  # its weights are inputs of the graph, or its constants: packed ones would be neither
-        output = ops.folded_encoder(
-            video,
-            triplets,
-            similarity,
-            groups,
-            self._weights(),
-            self.options,
-            packed=packed[1] if packed else None,
-            explain=explain,
-            impl=impl,
-        )
+        if impl is None and self._graphs and len(video) > _KERNEL_VIDEOS and not _asks_gradient(inputs):
+            output = self._graphs[explain](*inputs)
+        else:
+            packed = self._packed
+            output = ops.folded_encoder(
+                *inputs,
+                self._weights(),
+                self.options,
+                packed=packed[2] if packed and impl in (None, packed[1]) and packed[1] else None,
+                explain=explain,
+                impl=impl,
+            )
         return EncoderOutput(*output[:2], Explanation(*output[2:]) if explain else None)
+
+    def _plain(self, explain: bool, *inputs: Tensor | None) -> FoldedOutput:
+        return ops.folded_encoder(*inputs, self._weights(), self.options, explain=explain, impl="reference")
 
     def _weights(self) -> FoldedWeights:
         return FoldedWeights(*map(self._buffers.__getitem__, FoldedWeights._fields))
@@ -135,8 +149,14 @@ class FoldedEncoder(nn.Module):
     def _pack(self) -> None:
         """Pack the buffers for this machine, where the compiled kernels take them; other threads may be calling."""
         stamp = Stamp(self)
-        serves = _compiled_serves(self.ffn_weight)
-        self._packed = (stamp, ops.pack_folded_encoder(self._weights(), self.options)) if serves else None
+        packed: tuple[str, list[Tensor]] = "", []
+        if _compiled_serves(self.ffn_weight):
+            packed = "cpp", ops.pack_folded_encoder(self._weights(), self.options)
+        elif _kernel_serves(self.ffn_weight):
+            packed = "cuda", pack_folded_encoder_cuda(self._weights(), self.options)
+        self._packed = stamp, *packed
+        on_gpu = self.ffn_weight.is_cuda
+        self._graphs = {e: GraphedCall(functools.partial(self._plain, e)) for e in (False, True)} if on_gpu else {}
 
     def _check_source(self) -> None:
         encoder = self._source() if self._source is not None else None
@@ -151,7 +171,7 @@ class FoldedEncoder(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is on its own: it stays what it is, whatever happens to the encoder.
-        return self.__dict__ | {"_packed": None, "_source": None}
+        return self.__dict__ | {"_packed": None, "_graphs": {}, "_source": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -316,6 +336,14 @@ def _wants_gradient(encoder: FaceNetEncoder, inputs: Sequence[Tensor | None]) ->
 
 def _compiled_serves(weight: Tensor) -> bool:
     return not EXTENSION_MISSING and weight.device.type == "cpu" and weight.dtype in CPP_DTYPES
+
+
+def _kernel_serves(weight: Tensor) -> bool:
+    return weight.is_cuda and weight.dtype in GPU_DTYPES and not _cuda.missing()
+
+
+def _asks_gradient(inputs: Sequence[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
 def folded_options(config: FaceNetConfig, norm_eps: float = 1e-5) -> FoldedOptions:

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 from evc_fast.ops import dispatch
 from evc_fast.ops._contract import check_arguments
 from evc_fast.ops._library import LIBRARY, NAMESPACE
+from evc_fast.ops.folded_cuda import pack_folded_encoder_cuda
 from evc_fast.ops.packed_linear import pack_weight
 from evc_fast.reference._dtypes import accumulate_dtype
 from evc_fast.reference.folded_encoder import FoldedOptions, FoldedOutput, FoldedWeights, visual_sections
@@ -41,10 +42,12 @@ def folded_encoder(
         similarity: [B, K], any floating type; None without retrieval.
         groups: int64 [B, K]; read with ``merge_identical_triplets`` only.
         weights, options: of :func:`evc_fast.model.folded.fold_weights`; all weights of one type and device.
-        packed: what :func:`pack_folded_encoder` made of them; None packs anew, at many times the cost of a call.
+        packed: what :func:`pack_folded_encoder` made of them, or
+            :func:`~evc_fast.ops.folded_cuda.pack_folded_encoder_cuda` on a GPU; None packs anew, at many times the cost
+            of a call.
         explain: also return what explains the caption.
-        impl: "reference" (plain PyTorch, differentiable in the features), "cpp" (no gradients), or None: the fastest
-            one that serves the tensors.
+        impl: "reference" (plain PyTorch, differentiable in the features), "cpp" or "cuda" (no gradients), or None: the
+            fastest one that serves the tensors.
 
     Returns:
         :class:`~evc_fast.reference.folded_encoder.FoldedOutput`.
@@ -78,19 +81,33 @@ def _reference(video, triplets, similarity, groups, weights, options, packed, ex
 
 def _compiled(video, triplets, similarity, groups, weights, options, packed, explain) -> FoldedOutput:
     dtype = accumulate_dtype(weights.ffn_weight)
+    features = [x if x is None else x.to(dtype) for x in (video, triplets, similarity)]
+    packed = pack_folded_encoder(weights, options) if packed is None else packed
+    op = torch.ops.evc_fast.folded_encoder_forward
+    return _call(op, *features, groups, weights, options, packed, explain)
+
+
+def _cuda(video, triplets, similarity, groups, weights, options, packed, explain) -> FoldedOutput:
+    # The kernel reads float32 or the weights' type: to convert would be a launch of its own.
+    if video.dtype not in (torch.float32, weights.ffn_weight.dtype):
+        video = video.to(torch.float32)
     if options.retrieval:
-        triplets, similarity = triplets.to(dtype), similarity.to(dtype)
-    tokens, emotion_logits, component, triplet, routing, distribution, fact_gate, emotion_gate = (
-        torch.ops.evc_fast.folded_encoder_forward(
-            video.to(dtype),
-            triplets,
-            similarity,
-            groups,
-            pack_folded_encoder(weights, options) if packed is None else packed,
-            folded_sizes(weights, options),
-            options.norm_eps,
-            explain,
-        )
+        triplets = triplets.to(video.dtype)
+    packed = pack_folded_encoder_cuda(weights, options) if packed is None else packed
+    op = torch.ops.evc_fast.folded_encoder_cuda
+    return _call(op, video, triplets, similarity, groups, weights, options, packed, explain)
+
+
+def _call(op, video, triplets, similarity, groups, weights, options, packed, explain) -> FoldedOutput:
+    tokens, emotion_logits, component, triplet, routing, distribution, fact_gate, emotion_gate = op(
+        video,
+        triplets,
+        similarity,
+        groups,
+        packed,
+        folded_sizes(weights, options),
+        options.norm_eps,
+        explain,
     )
     emotions = options.emotion_augmentation
     output = FoldedOutput(tokens, emotion_logits if emotions else None)
@@ -106,7 +123,7 @@ def _compiled(video, triplets, similarity, groups, weights, options, packed, exp
     )
 
 
-_CALLABLES = {"cpp": _compiled, "reference": _reference}
+_CALLABLES = {"cpp": _compiled, "cuda": _cuda, "reference": _reference}
 
 
 def _flags(options: FoldedOptions, projected: bool) -> list[int]:
@@ -237,9 +254,12 @@ def _forward_fake(video, triplets, similarity, groups, weights, sizes, norm_eps,
     )
 
 
-@register_flop_formula(torch.ops.evc_fast.folded_encoder_forward)
+@register_flop_formula([torch.ops.evc_fast.folded_encoder_forward, torch.ops.evc_fast.folded_encoder_cuda])
 def _forward_flops(video_shape, triplets_shape, similarity_shape, groups_shape, weights_shape, sizes, *_, **__) -> int:
-    """Matrix products without their padding, 2 FLOPs a multiply-add."""
+    """Matrix products without their padding, 2 FLOPs a multiply-add.
+
+    The CUDA kernel multiplies W_v in, and executes more than is counted here, in fewer steps.
+    """
     k, words, d, heads, hidden, video_width, text_width, queries, output_width, *flags = sizes
     projected, retrieval, emotions, adjusts, emotion_first, *_ = flags
     frames = video_shape[1]
