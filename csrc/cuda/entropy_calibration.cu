@@ -10,7 +10,7 @@ constexpr int kComponents = 3;
 constexpr int kThreads = (kComponents + 1) * kWarp;
 
 template <class S>
-__global__ void __launch_bounds__(kThreads) calibrate(EntropyArgs args, int64_t tasks) {
+__global__ void __launch_bounds__(kThreads, 4) calibrate(EntropyArgs args, int64_t tasks) {
   EVC_SHARED(float, entropies, kComponents);
   EVC_SHARED(float, shared_theta, 1);
   constexpr int kPer = kVector<S>;

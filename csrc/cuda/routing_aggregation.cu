@@ -13,26 +13,26 @@ constexpr int kMaxWarps = 16;
 template <class S>
 constexpr int kWide = 4 / static_cast<int>(sizeof(S));
 
-// Elements [i, i + kWide) of a row of n, 0 beyond its end. whole: the row is 4-byte aligned and n a multiple of kWide.
+// The first `count` of kWide elements, 0 for the rest. whole: p is 4-byte aligned, and count 0 or kWide.
 template <class S>
-__device__ inline void load_word(const S* row, int64_t i, int64_t n, bool whole, float (&x)[kWide<S>]) {
+__device__ inline void load_word(const S* p, int count, bool whole, float (&x)[kWide<S>]) {
   union {
     uint32_t bits;
     S at[kWide<S>];
   } v{};
   if (whole) {
-    if (i < n) v.bits = *reinterpret_cast<const uint32_t*>(row + i);
+    if (count > 0) v.bits = *reinterpret_cast<const uint32_t*>(p);
   } else {
 #pragma unroll
     for (int j = 0; j < kWide<S>; ++j)
-      if (i + j < n) v.at[j] = row[i + j];
+      if (j < count) v.at[j] = p[j];
   }
 #pragma unroll
   for (int j = 0; j < kWide<S>; ++j) x[j] = widen(v.at[j]);
 }
 
 template <class S>
-__global__ void __launch_bounds__(kMaxWarps* kWarp) route(RoutingArgs args, int64_t slices, int64_t tasks) {
+__global__ void __launch_bounds__(kMaxWarps* kWarp, 2) route(RoutingArgs args, int64_t slices, int64_t tasks) {
   constexpr int kColumns = kWide<S>;
   EVC_SHARED(float, sums, kMaxWarps* kWarp* kColumns);  // [warps][columns of the slice]
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
@@ -40,10 +40,11 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) route(RoutingArgs args, int6
   for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
     const int64_t slice = task % slices, of = task / slices % 2, b = task / slices / 2;
     const int64_t column = (slice * kWarp + lane) * kColumns;
-    const S* x = static_cast<const S*>(of ? args.emotions : args.facts) + b * K * N * d;
-    S* routed = static_cast<S*>(args.routed) + (b * 2 + of) * N * d;
-    S* pooled = static_cast<S*>(args.pooled) + (b * 2 + of) * d;
+    const int columns = column >= d ? 0 : d - column < kColumns ? static_cast<int>(d - column) : kColumns;  // the lane's
+    const S* x = static_cast<const S*>(of ? args.emotions : args.facts) + b * K * N * d + column;
+    S* routed = static_cast<S*>(args.routed) + (b * 2 + of) * N * d + column;
     const bool whole = reinterpret_cast<uintptr_t>(x) % 4 == 0 && d % kColumns == 0;
+    const bool first_of_video = of == 0 && slice == 0;
     float sum[kColumns] = {}, lost[kColumns] = {};  // of the warp's frames, and what its rounding lost so far
     for (int64_t n = warp; n < N; n += warps) {
       const float* logits = static_cast<const float*>(args.logits) + (b * N + n) * K;
@@ -53,15 +54,16 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) route(RoutingArgs args, int6
       for (int64_t k = lane; k < K; k += kWarp) total += expf(logits[k] - best);
       total = warp_sum(total);
       float weighted[kColumns] = {}, plain[kColumns] = {};
+      const S* row = x + n * d;
       for (int64_t first = 0; first < K; first += kWarp) {
         const int64_t mine = first + lane;
         const float weight = mine < K ? expf(logits[mine] - best) / total : 0.0f;  // (26)
-        if (of == 0 && slice == 0 && mine < K) static_cast<float*>(args.weights)[(b * N + n) * K + mine] = weight;
+        if (first_of_video && mine < K) static_cast<float*>(args.weights)[(b * N + n) * K + mine] = weight;
         const int count = static_cast<int>(K - first < kWarp ? K - first : kWarp);
 #pragma unroll 4
-        for (int k = 0; k < count; ++k) {
+        for (int k = 0; k < count; ++k, row += N * d) {
           float at[kColumns];
-          load_word(x + ((first + k) * N + n) * d, column, d, whole, at);
+          load_word(row, columns, whole, at);
           const float w = __shfl_sync(kAllLanes, weight, k);
 #pragma unroll
           for (int j = 0; j < kColumns; ++j) {
@@ -72,8 +74,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) route(RoutingArgs args, int6
       }
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
-        if (column + j < d) routed[n * d + column + j] = narrow<S>(weighted[j]);  // (27)
-        const float more = plain[j] - lost[j], next = sum[j] + more;             // Kahan's sum
+        if (j < columns) routed[n * d + j] = narrow<S>(weighted[j]);  // (27)
+        const float more = plain[j] - lost[j], next = sum[j] + more;  // Kahan's sum
         lost[j] = (next - sum[j]) - more;
         sum[j] = next;
       }
@@ -85,7 +87,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) route(RoutingArgs args, int6
       float total = 0;
       for (int w = 0; w < warps; ++w) total += sums[w * kWarp * kColumns + i];
       const int64_t at = slice * kWarp * kColumns + i;
-      if (at < d) pooled[at] = narrow<S>(total / static_cast<float>(K * N));  // (22), (23)
+      if (at < d) static_cast<S*>(args.pooled)[(b * 2 + of) * d + at] = narrow<S>(total / static_cast<float>(K * N));  // (22), (23)
     }
     __syncthreads();  // the next task writes what this one read
   }
