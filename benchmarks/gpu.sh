@@ -19,7 +19,7 @@ usage() {
 options:
   --only "PART ..."  these parts alone: ceilings build tests memcheck racecheck encoder training efficiency ops lora,
                      and suite, the CPU tests of ops, encoder and kernels, which are not run otherwise
-  --seconds N        all together, at most (default 570)
+  --seconds N        all together, at most (default 570; of a rehearsal 1800)
   --cpu              rehearse on a CPU; EVC_FAST_GPU_DRY_RUN=1 does the same
   --installed        measure the evc_fast that python3 imports, build none
 END
@@ -28,7 +28,7 @@ END
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 BENCH=$ROOT/benchmarks PYTHON=${PYTHON:-python3}
-OUT='' ONLY='' TOTAL=570 CPU=${EVC_FAST_GPU_DRY_RUN:-0} INSTALLED=0
+OUT='' ONLY='' TOTAL='' CPU=${EVC_FAST_GPU_DRY_RUN:-0} INSTALLED=0
 while (($#)); do
   case $1 in
     --only) (($# > 1)) || usage; ONLY=$2; shift ;;
@@ -46,6 +46,7 @@ for part in $ONLY; do
   [[ " $DEFAULT suite " == *" $part "* ]] || { echo "gpu.sh: no part is named $part" >&2; usage; }
 done
 ONLY=${ONLY:-$DEFAULT}
+TOTAL=${TOTAL:-$((CPU ? 1800 : 570))}
 mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || exit 2
 
 WORK=$(mktemp -d)
@@ -160,7 +161,7 @@ export -f machine build tests sanitize
 part ceilings 60 bash -c 'machine "$@"' _ "${DEVICE[@]}"
 collect
 if ! ((INSTALLED)); then
-  part build 200 bash -c build
+  part build "$((CPU ? 900 : 200))" bash -c build
   if [[ -e $WORK/parts/build ]] && grep -q $'\tok\t' "$WORK/parts/build"; then BUILT=1; fi
   collect
 fi
