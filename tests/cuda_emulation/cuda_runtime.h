@@ -44,13 +44,9 @@ struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-struct alignas(8) uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
-struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
-inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 typedef struct CUstream_st* cudaStream_t;
@@ -59,7 +55,6 @@ enum cudaError_t {
   cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
   cudaErrorInsufficientDriver = 35,
-  cudaErrorNoDevice = 100,
   cudaErrorNoKernelImageForDevice = 209,
   cudaErrorUnsupportedPtxVersion = 222,
   cudaErrorLaunchFailure = 719,
@@ -386,7 +381,6 @@ inline void __syncwarp(unsigned mask = 0xffffffffu) {
   evc_emulation::exchange("__syncwarp", 0);
 }
 inline void __threadfence() {}
-inline void __threadfence_block() {}
 inline void __nanosleep(unsigned) { evc_emulation::spin(); }
 
 namespace evc_emulation {
@@ -407,14 +401,6 @@ template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32) {
   return evc_emulation::shuffle("__shfl_xor_sync", mask, value, width, [&](int lane) { return lane ^ bits; });
 }
-template <class T>
-T __shfl_up_sync(unsigned mask, T value, unsigned step, int width = 32) {
-  return evc_emulation::shuffle("__shfl_up_sync", mask, value, width, [&](int lane) { return lane - int(step); });
-}
-template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned step, int width = 32) {
-  return evc_emulation::shuffle("__shfl_down_sync", mask, value, width, [&](int lane) { return lane + int(step); });
-}
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
   evc_emulation::check_mask(mask);
   const int* lanes = evc_emulation::exchange("__ballot_sync", int(predicate != 0));
@@ -422,7 +408,6 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
   for (int lane = 0; lane < evc_emulation::kLanes; ++lane) votes |= unsigned(lanes[lane]) << lane;
   return votes;
 }
-inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == 0xffffffffu; }
 
 template <class T>
@@ -430,13 +415,6 @@ T atomicAdd(T* at, T value) {
   evc_emulation::machine.progress = true;
   const T before = *at;
   *at = before + value;
-  return before;
-}
-template <class T>
-T atomicMax(T* at, T value) {
-  evc_emulation::machine.progress = true;
-  const T before = *at;
-  *at = std::max(before, value);
   return before;
 }
 
@@ -449,10 +427,6 @@ inline float __uint_as_float(unsigned bits) {
   float x;
   memcpy(&x, &bits, sizeof(x));
   return x;
-}
-template <class T>
-T __ldg(const T* p) {
-  return *p;
 }
 
 // ---- what launchers use ----
@@ -491,10 +465,6 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = int(evc_emulation::kSharedBytes); return cudaSuccess;
   }
   return cudaErrorInvalidValue;
-}
-inline cudaError_t cudaMemsetAsync(void* to, int byte, size_t bytes, cudaStream_t) {
-  memset(to, byte, bytes);
-  return cudaSuccess;
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return evc_emulation::machine.last_failure.c_str(); }
