@@ -26,7 +26,7 @@ def compiler() -> list[str] | None:
 
 
 def build(*sources: Path, flags: tuple[str, ...] = ()) -> Path:
-    """The library of ``sources``, the shipped ones where none is given; RuntimeError with the compiler's words if it fails."""
+    """The library of ``sources`` (none: the shipped ones); RuntimeError with the compiler's words if it fails."""
     command = compiler()
     if command is None:
         raise RuntimeError("no C++ compiler was found")
