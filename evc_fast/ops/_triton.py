@@ -24,7 +24,7 @@ def missing() -> str:
     """Why the Triton kernels cannot run, and the remedy; "" when they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
-    if importlib.util.find_spec("evc_fast.kernels.common") is None:
+    if importlib.util.find_spec("evc_fast.kernels") is None:
         return "evc_fast.kernels is absent, as in a checkout that is not installed: pip install ."
     if not INTERPRETED and not torch.cuda.is_available():
         return "no CUDA device is to be found here"
