@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from evc_fast.ops.dispatch import FLOATING_DTYPES
+from evc_fast.ops.dispatch import FLOATING_DTYPES, autocasts
 from evc_fast.reference._dtypes import accumulate_dtype
 
 _INTEGER_DTYPE = torch.int64
@@ -74,11 +74,6 @@ def cast_dtype(tensor: Tensor) -> torch.dtype:
     if not tensor.is_floating_point() or tensor.dtype == torch.float64 or not autocasts(device_type):
         return tensor.dtype
     return torch.get_autocast_dtype(device_type)
-
-
-def autocasts(device_type: str) -> bool:
-    """Whether autocast is on for this kind of device (some, as meta, have none)."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:

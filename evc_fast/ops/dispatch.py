@@ -34,7 +34,17 @@ FLOATING_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+# Asked once, here: in torch 2.11 torch.compile cannot trace the question.
+_AUTOCAST_DEVICES = frozenset(
+    kind for kind in ("cpu", "cuda", "hpu", "mps", "mtia", "xla", "xpu") if torch.amp.is_autocast_available(kind)
+)
+
 _logger = logging.getLogger("evc_fast")
+
+
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on for this kind of device (some, as meta, have none)."""
+    return device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type)
 
 
 @dataclass(frozen=True)
@@ -63,8 +73,7 @@ class Implementation:
             return f"it serves {' and '.join(map(str.upper, self.devices))} tensors, these are on {tensor.device}"
         if tensor.dtype not in self.dtypes:
             kind = tensor.device.type
-            autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-            source = "autocast makes these" if autocast else "these are"
+            source = "autocast makes these" if autocasts(kind) else "these are"
             *most, last = (str(dtype).removeprefix("torch.") for dtype in self.dtypes)
             return f"it takes {', '.join(most)} and {last}, {source} {tensor.dtype}"
         return self.missing()
