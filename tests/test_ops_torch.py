@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
@@ -376,6 +377,17 @@ def test_a_device_that_its_kernels_cannot_run_on_is_named_unless_the_reference_i
     assert ops.routing_aggregation(facts.double(), facts.double(), logits.double())[0].shape == (1, 6, 4)
     monkeypatch.setenv("EVC_FAST_ALLOW_REFERENCE", "1")
     assert ops.routing_aggregation(facts, facts, logits)[0].shape == (1, 6, 4)
+
+
+@pytest.mark.parametrize("op", dispatch.OPS)
+def test_what_a_gpu_lacks_is_no_break_in_a_graph(op, monkeypatch):
+    """To look for a library or a GPU cannot be traced: on CUDA tensors these come before the reference."""
+    found = [dataclasses.replace(i, devices=("cpu",)) for i in dispatch.implementations(op) if i.name != "cpp"]
+    monkeypatch.setattr(dispatch, "implementations", lambda op: found)
+    torch._dynamo.reset()
+    case = cases(op)[0]
+    compiled = torch.compile(case.call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*case.inputs()), case.plain(*case.inputs()))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -79,6 +79,24 @@ class Implementation:
         return self.missing()
 
 
+def _outside_graphs(question: Callable[[], str]) -> Callable[[], str]:
+    """``question`` for torch.compile too: it is asked while a graph is traced, and its answer is the graph's constant.
+
+    To find out about libraries and GPUs calls what cannot be traced.
+    """
+
+    @torch.compiler.assume_constant_result
+    def ask() -> str:
+        return question()
+
+    return ask
+
+
+_cuda_missing, _cuda_unfit, _triton_missing, _triton_unfit = map(
+    _outside_graphs, (_cuda.missing, _cuda.unfit, _triton.missing, _triton.unfit)
+)
+
+
 @functools.cache
 def implementations(op: str) -> tuple[Implementation, ...]:
     """All implementations of ``op``, fastest first on each device.
@@ -90,9 +108,9 @@ def implementations(op: str) -> tuple[Implementation, ...]:
         raise ValueError(f"op must be one of {', '.join(SERVED)}; got {op!r}")
     found = [Implementation("cpp", lambda: EXTENSION_MISSING, ("cpu",), CPP_DTYPES, gradients=op in OPS)]
     if op in _cuda.OPS:
-        found.append(Implementation("cuda", _cuda.missing, _cuda.devices(), GPU_DTYPES, False, _cuda.unfit))
+        found.append(Implementation("cuda", _cuda_missing, _cuda.devices(), GPU_DTYPES, False, _cuda_unfit))
     if op in _triton.OPS:
-        found.append(Implementation("triton", _triton.missing, _triton.DEVICES, GPU_DTYPES, unfit=_triton.unfit))
+        found.append(Implementation("triton", _triton_missing, _triton.DEVICES, GPU_DTYPES, unfit=_triton_unfit))
     return *found, Implementation("reference", str, ("any",), FLOATING_DTYPES)
 
 
