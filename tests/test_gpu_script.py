@@ -46,10 +46,8 @@ CEILINGS = {
 }
 
 
-def run_script(*arguments: str, path: str | None = None, **environment: str) -> subprocess.CompletedProcess:
+def run_script(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     given = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"} | environment
-    if path is not None:
-        given["PATH"] = path
     command = [shutil.which("bash"), str(SCRIPT), *arguments]
     return subprocess.run(command, env=given, capture_output=True, text=True, check=False, timeout=570)
 
@@ -145,30 +143,33 @@ def test_wrong_arguments_are_refused(arguments, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_sanitizer_is_named_where_it_is_missing(tmp_path):
-    """The part as on a GPU machine, which has no such tool."""
+SANITIZERS = {
+    "absent": ("", "not measured", "needs compute-sanitizer"),
+    "refused": ("echo 'Error: Device not supported'; exit 1", "not measured", "does not support this device"),
+    "clean": ('echo "$@"; echo "ERROR SUMMARY: 0 errors"', "ok", "ERROR SUMMARY: 0 errors"),
+    "found": ('echo "ERROR SUMMARY: 2 errors"; exit 9', "failed", "exit code 9; last: ERROR SUMMARY: 2 errors"),
+}
+
+
+@pytest.mark.parametrize(("script", "status", "note"), SANITIZERS.values(), ids=SANITIZERS)
+def test_the_sanitizers_answer(script, status, note, tmp_path):
+    """The part as on a GPU machine, with a tool of ours in the sanitizer's place, or none."""
     tools = tmp_path / "tools"
     tools.mkdir()
-    for name in (
-        "bash",
-        "dirname",
-        "mktemp",
-        "mkdir",
-        "rm",
-        "timeout",
-        "grep",
-        "tail",
-        "tr",
-        "cut",
-        "cat",
-        "tar",
-        "gzip",
-    ):
-        (tools / name).symlink_to(shutil.which(name))
-    done = run_script(str(tmp_path / "out"), "--installed", "--only", "memcheck", path=str(tools))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "| memcheck | not measured |" in done.stdout
-    assert "needs compute-sanitizer" in done.stdout
+    path = f"{tools}:/usr/bin:/bin"
+    if not script and shutil.which("compute-sanitizer", path=f"{path}:/usr/local/cuda/bin"):
+        pytest.skip("this machine has one")
+    if script:
+        (tools / "compute-sanitizer").write_text(f"#!/bin/sh\n{script}\n")
+        (tools / "compute-sanitizer").chmod(0o755)
+    done = run_script(str(tmp_path / "out"), "--installed", "--only", "racecheck", PATH=path)
+    assert done.returncode == (status == "failed"), done.stdout + done.stderr
+    assert re.search(rf"\| racecheck \| {status} \| \d+ \| .*{note}", done.stdout)
+    if status == "ok":
+        with tarfile.open(tmp_path / "out" / "logs.tar.gz") as logs:
+            log = logs.extractfile("logs/racecheck.txt").read().decode()
+        assert "--tool racecheck --error-exitcode 9 --print-limit 20 --kernel-name kns=3evc" in log
+        assert "benchmarks/every_kernel.py --device cuda" in log
 
 
 # ---- timing ----
@@ -203,6 +204,33 @@ def test_what_a_cpu_cannot_measure_is_none():
     assert GPU.peak_bytes(run) is None
     assert GPU.captured(run) is run
     assert not _device.Device("cpu").gpu
+
+
+def test_launches_are_counted_in_the_profilers_trace(monkeypatch):
+    """In a trace of a GPU's form: work on the GPU counts, what the host does for it does not."""
+    kinds = ("kernel", "gpu_memcpy", "gpu_memset", "cuda_runtime", "cpu_op", "ac2g", "kernel", None)
+
+    class Profile:
+        def __init__(self, activities):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def export_chrome_trace(self, path):
+            events = [{"name": "x"} | ({} if kind is None else {"cat": kind}) for kind in kinds]
+            Path(path).write_text(json.dumps({"traceEvents": events * _device.COUNTED_CALLS}))
+
+    monkeypatch.setattr(torch.profiler, "profile", Profile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    device = _device.Device("cpu")
+    device.kind = "cuda"
+    called = []
+    assert device.launches(lambda: called.append(1)) == 4
+    assert len(called) == 1 + _device.COUNTED_CALLS  # the first sets the profiler up
 
 
 def test_devices_that_are_not_there_are_refused(capsys):
