@@ -77,10 +77,13 @@ part() {
   timeout -k 5 "$limit" "$@" >"$log" 2>&1 </dev/null
   code=$?
   note=$(grep -v '^[[:space:]]*$' "$log" | tail -n 1 | tr '\t' ' ' | cut -c 1-200)
+  if ((code == 3)) && grep -q '^not measured: ' "$log"; then
+    record "$name" 'not measured' $((SECONDS - begin)) "$(grep -m 1 '^not measured: ' "$log" | cut -c 15-)"
+    return 0
+  fi
   case $code in
     0) [[ $name == tests || $name == suite || $name == *check ]] || note=''
        record "$name" ok $((SECONDS - begin)) "$note" ;;
-    3) record "$name" 'not measured' $((SECONDS - begin)) "${note#not measured: }" ;;
     124 | 137) record "$name" stopped $((SECONDS - begin)) "after $limit s; last: $note" ;;
     *) record "$name" failed $((SECONDS - begin)) "exit code $code; last: $note" ;;
   esac
@@ -136,15 +139,16 @@ tests() {
 # compute-sanitizer over a script that runs every CUDA kernel; kernels that are not ours are left unwatched.
 sanitize() {
   set -o pipefail
-  local tool=$1 sanitizer filter=(--kernel-name kns=3evc) code
+  local tool=$1 sanitizer cuobjdump filter=(--kernel-name kns=evc) code
   if ((CPU)); then
     "$PYTHON" "$BENCH/every_kernel.py" --rehearse
     return
   fi
   sanitizer=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer) ||
     { echo 'not measured: needs compute-sanitizer'; return 3; }
-  if PATH=$PATH:/usr/local/cuda/bin cuobjdump -res-usage "$("$PYTHON" -P -c \
-    'import evc_fast.ops._cuda as c; print(c.LIBRARY_PATH)')" | grep -o 'Function [^:]*' | grep -qv 3evc; then
+  if cuobjdump=$(PATH=$PATH:/usr/local/cuda/bin command -v cuobjdump) && "$cuobjdump" -res-usage \
+    "$("$PYTHON" -P -c 'import evc_fast.ops._cuda as c; print(c.LIBRARY_PATH)')" |
+    grep -o 'Function [^:]*' | grep -qv evc; then
     filter=() # a kernel of ours outside namespace evc: then all are watched
   fi
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --error-exitcode 9 --print-limit 20 "${filter[@]}" \
@@ -180,21 +184,22 @@ collect
 
 if ((CPU)); then
   ENCODER=(--batch 1 256 --seconds 0 --no-compile --threads 1) TRAINING=(--seconds 0 --no-compile --threads 1)
-  EFFICIENCY=(--quick --repeats 1 --threads 1 --dtype fp32) OPS=(--seconds 0 --no-compile --threads 1)
+  EFFICIENCY=(--quick --repeats 1 --threads 1 --dtype fp32 --decoder flan-t5-xl)
+  OPS=(--seconds 0 --no-compile --threads 1 --batch 1)
   LORA=(--batch 2 --seconds 0 --threads 1)
 else
   ENCODER=(--batch 1 256 32 8 --seconds 5 --compile-batch 1) TRAINING=(--seconds 4 --compile-dropout 0.0)
-  EFFICIENCY=(--device cuda --batch 4 --seconds 5) OPS=(--seconds 1 --no-compile) LORA=(--seconds 2)
+  EFFICIENCY=(--device cuda --batch 4 --seconds 5 --decoder flan-t5-xl,opt-2.7b)
+  OPS=(--seconds 1 --no-compile --batch 1 32) LORA=(--seconds 2)
 fi
 measure encoder 150 "$PYTHON" "$BENCH/encoder.py" "${DEVICE[@]}" "${ENCODER[@]}" --out "$RESULTS"
 collect
 measure training 120 "$PYTHON" "$BENCH/training.py" "${DEVICE[@]}" "${TRAINING[@]}" --batch 32 --out "$RESULTS"
 collect
-measure efficiency 200 "$PYTHON" "$BENCH/efficiency.py" "${EFFICIENCY[@]}" --decoder flan-t5-xl,opt-2.7b \
-  --out "$RESULTS"
+measure efficiency 200 "$PYTHON" "$BENCH/efficiency.py" "${EFFICIENCY[@]}" --out "$RESULTS"
 collect
 measure ops 100 "$PYTHON" "$BENCH/ops.py" "${DEVICE[@]}" "${OPS[@]}" --dtype float32 bfloat16 \
-  --op entropy_calibration emotion_attention routing_aggregation --batch 1 32 --out "$RESULTS"
+  --op entropy_calibration emotion_attention routing_aggregation --out "$RESULTS"
 collect
 measure lora 90 "$PYTHON" "$BENCH/lora.py" "${DEVICE[@]}" "${LORA[@]}" --out "$RESULTS"
 measure suite 500 bash -c 'tests "$@"' _ "$ROOT"/tests/test_{ops,folded,encoder,triton,cuda,graphed,packed}*.py

@@ -108,6 +108,7 @@ def test_a_part_that_fails_or_has_no_time_keeps_none_of_the_others(tmp_path):
     assert "| lora | not run | 0 | the 12 s were used up |" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_part_that_takes_too_long_is_stopped(tmp_path):
     slow = tmp_path / "python3"
     slow.write_text(
@@ -168,7 +169,7 @@ def test_the_sanitizers_answer(script, status, note, tmp_path):
     if status == "ok":
         with tarfile.open(tmp_path / "out" / "logs.tar.gz") as logs:
             log = logs.extractfile("logs/racecheck.txt").read().decode()
-        assert "--tool racecheck --error-exitcode 9 --print-limit 20 --kernel-name kns=3evc" in log
+        assert "--tool racecheck --error-exitcode 9 --print-limit 20 --kernel-name kns=evc" in log
         assert "benchmarks/every_kernel.py --device cuda" in log
 
 
