@@ -41,11 +41,7 @@ __device__ float entropy(const S* x, int64_t D) {
 __device__ inline bool same_group(const int64_t* groups, int64_t i, int64_t j) {
   return groups ? groups[i] == groups[j] : i == j;
 }
-template <class T>
-__device__ double clamped(T value) {
-  const float similarity = widen(value);
-  return similarity < kMinSimilarity ? kMinSimilarity : similarity;
-}
+__device__ inline double clamped(float similarity) { return similarity < kMinSimilarity ? kMinSimilarity : similarity; }
 
 __device__ inline double warp_sum_double(double x) {
 #pragma unroll
@@ -53,15 +49,15 @@ __device__ inline double warp_sum_double(double x) {
   return x;
 }
 
-// theta of triplet k (14), (15). similarity, groups: [K], groups may be null; a warp's work, every lane returns it. In
+// theta of triplet k (14), (15). similarity(i): of triplet i < K; groups: [K] or null; a warp's work, every lane returns it. In
 // double: where one similarity outweighs all others, log p of a p near 1 keeps its digits.
-template <class T>
-__device__ float triplet_weight(const T* similarity, const int64_t* groups, int64_t K, int64_t k) {
+template <class Similarity>
+__device__ float triplet_weight(const Similarity& similarity, const int64_t* groups, int64_t K, int64_t k) {
   const int lane = threadIdx.x % kWarp;
   double all = 0;
   bool single = true;
   for (int64_t i = lane; i < K; i += kWarp) {
-    all += clamped(similarity[i]);
+    all += clamped(similarity(i));
     single = single && same_group(groups, 0, i);
   }
   if (__all_sync(kAllLanes, single)) return 1.0f / static_cast<float>(K);
@@ -70,7 +66,7 @@ __device__ float triplet_weight(const T* similarity, const int64_t* groups, int6
   for (int64_t i = lane; i < K; i += kWarp) {
     double p = 0;
     for (int64_t j = 0; j < K; ++j)
-      if (same_group(groups, i, j)) p += clamped(similarity[j]);
+      if (same_group(groups, i, j)) p += clamped(similarity(j));
     p /= all;
     const double p_log_p = p * log(p);
     total += p_log_p;

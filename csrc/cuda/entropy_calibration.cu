@@ -27,7 +27,8 @@ __global__ void __launch_bounds__(kThreads, 4) calibrate(EntropyArgs args, int64
       float theta = 1.0f / static_cast<float>(K);
       if (args.cross_refine) {
         const int64_t* groups = args.groups ? args.groups + b * K : nullptr;
-        theta = triplet_weight(static_cast<const float*>(args.similarity) + b * K, groups, K, k);
+        const float* similarity = static_cast<const float*>(args.similarity) + b * K;
+        theta = triplet_weight([&](int64_t i) { return similarity[i]; }, groups, K, k);
       }
       if (lane == 0) {
         *shared_theta = theta;

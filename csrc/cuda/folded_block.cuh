@@ -23,11 +23,20 @@ struct Block {
   __device__ float* partials() const { return floats(0); }
 
   template <class Unit>
-  __device__ static void for_units(int64_t units, const Unit& unit) {
-    for (int64_t u = blockIdx.x; u < units; u += gridDim.x) {
-      unit(static_cast<int>(u));
+  __device__ static void for_units(int units, const Unit& unit) {
+#pragma unroll 1
+    for (int u = blockIdx.x; u < units; u += gridDim.x) {
+      unit(u);
       __syncthreads();  // the next unit writes the shared memory that this one has read
     }
+  }
+  // Units of `together` of the tiles, in their order.
+  template <class Tiles>
+  __device__ static void for_units_of(int tiles, int together, const Tiles& run) {
+    for_units(parts(tiles, together), [&](int unit) {
+      const int first = unit * together;
+      run(first, first + together < tiles ? first + together : tiles);
+    });
   }
   // Blocks that share the work on one of `count` equal things, which has `pieces`.
   __device__ static int groups(int count, int pieces) {
@@ -38,29 +47,32 @@ struct Block {
   __device__ int steps(Weight w) const { return p.size(w).depth / kDeep; }
   __device__ float* exchange() const { return floats(p.shared.exchange) + warp * kExchange; }
 
-  // Rows g and g + 8 of a left operand whose rows are `stride` apart, from `first` on; null from the `count`th of them on.
-  struct Rows {
-    const S* at[2];
-  };
-  __device__ Rows rows_of(const S* matrix, int64_t first, int stride, int count = kRows) const {
+  // From row `first` on of a matrix whose rows are `stride` apart; null from the `count`th of them on.
+  __device__ Rows<S> rows_of(const S* matrix, int64_t first, int stride, int count = kRows) const {
     const S* own = matrix + (first + g) * stride;
     return {{g < count ? own : nullptr, g + 8 < count ? own + 8 * int64_t(stride) : nullptr}};
   }
-  __device__ void multiply(Sums<S>& sums, const Rows& rows, Weight w, int tile, int part = 0, int of = 1) const {
-    sums.multiply(rows.at, packed(w, tile), part_of(steps(w), part, of));
+  // Adds one of some parts of the depth.
+  template <int kAhead = 5, bool shared = false>
+  __device__ void multiply_packed(Sums<S>& sums, const Rows<S>& rows, Weight w, int tile, int part = 0, int of = 1) const {
+    multiply<kAhead, shared>(sums, rows, packed(w, tile), part_of(steps(w), part, of));
   }
 
   // A column of kMemory's product of frame n among the tokens of one kind: what Attn_d reads, token by token.
   __device__ void remember(int b, int kind, int n, int column, float x) const {
     const int slot = kind * p.frames + n;
+    const bool some = n < p.N;
+    // Half a step that no token fills is read, too.
+    const int rest = kind == p.kinds - 1 && n >= p.frames - kRows && p.kinds * p.frames < p.slots ? kRows : 0;
     if (column < p.scores) {
-      p.memory_scores[(int64_t(b) * p.scores + column) * p.slots + slot] = x;
-      return;
+      float* to = p.memory_scores + (int64_t(b) * p.scores + column) * p.slots + slot;
+      *to = some ? x : -INFINITY;
+      if (rest > 0) to[rest] = -INFINITY;
+    } else {
+      S* to = p.memory_values + (int64_t(b) * p.by_head + column - p.scores) * p.slots + slot;
+      *to = narrow<S>(some ? x : 0.0f);
+      if (rest > 0) to[rest] = narrow<S>(0.0f);
     }
-    S* to = p.memory_values + (int64_t(b) * p.by_head + column - p.scores) * p.slots + slot;
-    *to = narrow<S>(n < p.N ? x : 0.0f);
-    // Half a step that no token fills is multiplied too.
-    if (kind == p.kinds - 1 && n >= p.frames - kRows && p.kinds * p.frames < p.slots) to[kRows] = narrow<S>(0.0f);
   }
 };
 

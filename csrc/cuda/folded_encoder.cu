@@ -12,7 +12,7 @@ namespace {
 
 // Asks for what the stages to come read of the weights: a block's share, into the cache that all blocks read.
 template <class S>
-__device__ void prefetch(const Layout<S>& p) {
+__device__ void prefetch([[maybe_unused]] const Layout<S>& p) {
 #ifdef __CUDA_ARCH__
   constexpr int64_t kLine = 128;
   for (int w = static_cast<int>(FoldedCudaWeight::kHidden); w < kFoldedCudaWeights; ++w) {

@@ -19,20 +19,24 @@ template <class S>
 __host__ __device__ constexpr int shared_stride(int depth) {
   return sizeof(S) == 4 ? depth + 4 : (depth / kDeep | 1) * kDeep;
 }
+// The same of floats that half a warp, or four lanes, read along a row.
+__host__ __device__ constexpr int rows_stride(int depth) { return depth + 16; }
 
 // Where a block's parts of its shared memory begin, bytes: what all stages use, then each stage's own over one another.
 struct SharedOffsets {
   int exchange;     // float [kWarps, kExchange], where S is float: left operands pass through it
   int calibration;  // float [4]: entropies of the three components, and theta
-  // Hidden layer: H of 16 frames, and their attention times theta alpha.
-  int h;          // S [16, shared_stride(by_head)]
-  int attention;  // float [16, heads, 3]
-  // LayerNorm: 16 rows before and after.
-  int before;  // float [16, width + 4]
+  int logits;       // float [K]: the video router's
+  // Hidden layer: q of 16 frames, a triplet's keys and values, the attention times theta alpha, and H.
+  int query;        // float [16, rows_stride(by_head)]
+  int keys_values;  // float [3, 2 by_head]
+  int attention;    // float [16, heads, 3]
+  int h;            // S [16, shared_stride(by_head)]
+  // LayerNorm: its weight and bias, 16 rows before and after.
+  int norm;    // float [2, width]
+  int before;  // float [16, rows_stride(width)]
   int after;   // S [16, shared_stride(width)]
   // Routing, of 8 columns.
-  int weights;     // float [N, K]
-  int means;       // float [K], the video router's logits
   int routed;      // float [N, 8]
   int sums;        // float [kWarps, 2, 8]
   int context;     // float [together, frames, 8]
@@ -67,7 +71,7 @@ struct Layout {
   const int64_t* groups;
   const void* packed[kFoldedCudaWeights];
   S *tokens, *emotion_logits, *fact_gate, *emotion_gate;
-  float *component_weights, *triplet_weights, *routing_weights, *emotion_distribution;
+  float *component_weights, *triplet_weights, *emotion_distribution;
 
   // The workspace. Rows of frames are padded: `frames` a video or a triplet. What a product reads to its full depth is
   // written to its full width, zeros included.
@@ -75,12 +79,13 @@ struct Layout {
   S* visual_operand;      // the same, where emotions come first
   float* of_visual;       // V's part of the FFN's first layer [B frames, hidden]
   float* query;           // Attn_f's q [B frames, by_head]
-  float* word_scores;     // (19) [B K frames or B frames, heads words]
+  float* word_scores;     // (19) [B K frames or B frames, heads words]; here and below, -inf where there is none
   S* gate_key;            // [B frames, width]
   float* gate_bias;       // [B frames]
   float* keys_values;     // of uncalibrated triplets [3 B K to whole tiles, 2 by_head]
   float* calibration;     // theta alpha of (13), (16) [B K, 3]
   float* router_parts;    // each triplet's part of the logits [B K frames, router]
+  float* weights;         // (26) [B, N, K], the caller's where it explains
   S* hidden_layer;        // after GELU [B K frames, hidden]
   float* updated;         // (18) before LayerNorm [B K frames, width]
   float* facts;           // (18) [B K frames, width]
@@ -135,7 +140,6 @@ struct Layout {
     fact_gate = static_cast<S*>(a.fact_gate), emotion_gate = static_cast<S*>(a.emotion_gate);
     component_weights = static_cast<float*>(a.component_weights);
     triplet_weights = static_cast<float*>(a.triplet_weights);
-    routing_weights = static_cast<float*>(a.routing_weights);
     emotion_distribution = static_cast<float*>(a.emotion_distribution);
 
     int64_t used = 0;
@@ -154,6 +158,8 @@ struct Layout {
     take(keys_values, retrieval ? int64_t(round_up(int64_t(3) * B * K, kRows)) * 2 * by_head : 0);
     take(calibration, retrieval ? int64_t(3) * B * K : 0);
     take(router_parts, pairs * router);
+    take(weights, explain ? 0 : int64_t(B) * N * K);
+    if (explain) weights = static_cast<float*>(a.routing_weights);
     take(hidden_layer, pairs * hidden);
     take(updated, pairs * width);
     take(facts, pairs * width);
@@ -187,16 +193,19 @@ struct Layout {
     const int64_t common = at;
     take(shared.calibration, 4, sizeof(float));
     at = common;
-    take(shared.h, kRows * int64_t(shared_stride<S>(by_head)), sizeof(S));
-    take(shared.attention, kRows * 3 * int64_t(heads), sizeof(float));
+    take(shared.logits, K, sizeof(float));
     at = common;
-    take(shared.before, kRows * int64_t(width + 4), sizeof(float));
+    take(shared.query, kRows * int64_t(rows_stride(by_head)), sizeof(float));
+    take(shared.keys_values, 3 * 2 * int64_t(by_head), sizeof(float));
+    take(shared.attention, kRows * 3 * int64_t(heads), sizeof(float));
+    take(shared.h, kRows * int64_t(shared_stride<S>(by_head)), sizeof(S));
+    at = common;
+    take(shared.norm, 2 * int64_t(width), sizeof(float));
+    take(shared.before, kRows * int64_t(rows_stride(width)), sizeof(float));
     take(shared.after, kRows * int64_t(shared_stride<S>(width)), sizeof(S));
     at = common;
     const int enough = parts(kWarps, row_tiles);
     together = enough < K ? enough : K;
-    take(shared.weights, int64_t(N) * K, sizeof(float));
-    take(shared.means, K, sizeof(float));
     take(shared.routed, int64_t(N) * kColumns, sizeof(float));
     take(shared.sums, kWarps * 2 * kColumns, sizeof(float));
     take(shared.context, int64_t(together) * frames * kColumns, sizeof(float));

@@ -21,16 +21,22 @@ struct Range {
 };
 __device__ inline Range part_of(int steps, int part, int of) { return {steps * part / of, steps * (part + 1) / of}; }
 
+// Rows g and g + 8 of a left operand, at depth 0, 16-byte aligned; null: zeros.
+template <class S>
+struct Rows {
+  const S* at[2];
+};
+
 // 16 rows of a left operand, one step deep.
 template <class S>
 struct Left {
-  uint4 row[2];  // g and g + 8
+  uint4 row[2];
 
-  // rows: at depth 0, or null: zeros. Each 16-byte aligned.
-  __device__ void load(const S* const (&rows)[2], int step) {
+  // Zeros where it is not to be: what a register held before must not live on.
+  __device__ void load(const Rows<S>& rows, int step, bool some) {
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      row[i] = rows[i] ? *reinterpret_cast<const uint4*>(rows[i] + step * kDeep + lane_of() % 4 * 8) : make_uint4(0, 0, 0, 0);
+      row[i] = some && rows.at[i] ? *reinterpret_cast<const uint4*>(rows.at[i] + step * kDeep + lane_of() % 4 * 8) : make_uint4(0, 0, 0, 0);
   }
   // x: the lane's own part, which comes back as it was rounded.
   __device__ void make(float (&x)[2][8], float*) {
@@ -52,10 +58,11 @@ template <>
 struct Left<float> {
   const float* row[2];  // at the step, or null
 
-  __device__ void load(const float* const (&rows)[2], int step) {
+  __device__ void load(const Rows<float>& rows, int step, bool some) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) row[i] = rows[i] ? rows[i] + step * kDeep : nullptr;
+    for (int i = 0; i < 2; ++i) row[i] = some && rows.at[i] ? rows.at[i] + step * kDeep : nullptr;
   }
+  // exchange: shared, a warp's own [kExchange].
   __device__ void make(float (&x)[2][8], float* exchange) {
     const int lane = lane_of();
     __syncwarp();  // the last step has been read
@@ -87,7 +94,10 @@ struct Right {
   static __device__ Right of_rows(const S* rows, int stride) {
     return {rows + static_cast<int64_t>(lane_of() / 4) * stride + lane_of() % 4 * 8, kDeep};
   }
-  __device__ Step load(int step) const { return {*reinterpret_cast<const uint4*>(at + static_cast<int64_t>(step) * stride)}; }
+  __device__ Right next(int64_t apart) const { return {at + apart, stride}; }
+  __device__ Step load(int step, bool some) const {
+    return {some ? *reinterpret_cast<const uint4*>(at + static_cast<int64_t>(step) * stride) : make_uint4(0, 0, 0, 0)};
+  }
 };
 
 template <>
@@ -107,160 +117,206 @@ struct Right<float> {
     const float* own = rows + static_cast<int64_t>(lane_of() % 4 * 2) * stride;
     return {{own, own + stride}, 4};
   }
-  __device__ Step load(int step) const {
+  __device__ Right next(int64_t apart) const { return {{at[0] + apart, at[1] + apart}, stride}; }
+  __device__ Step load(int step, bool) const {
     const int64_t from = static_cast<int64_t>(step) * (kDeep / 4) * stride;
     return {{at[0] + from, at[1] + from}, stride};
   }
 };
 
-// The lane's part of a tile: row g, columns 2t and 2t + 1, then row g + 8. Two sums each, so that products need not wait
-// for each other.
-template <class S>
+// The lane's part of a tile: row g, columns 2t and 2t + 1, then row g + 8. Sums in turns, so that products need not wait for
+// each other.
+template <class S, int kChains = 2>
 struct Sums {
-  float chain[2][4] = {};
+  float chain[kChains][4] = {};
 
-  __device__ float total(int i) const { return chain[0][i] + chain[1][i]; }
+  __device__ float total(int i) const { return kChains == 2 ? chain[0][i] + chain[kChains - 1][i] : chain[0][i]; }
 
   __device__ void add(const Left<S>& left, const typename Right<S>::Step& right) {
-    const uint4 &x = left.row[0], &y = left.row[1], &w = right.bits;
-    mma<S>(chain[0], {x.x, y.x, x.y, y.y}, {w.x, w.y});
-    mma<S>(chain[1], {x.z, y.z, x.w, y.w}, {w.z, w.w});
-  }
-  // rows: as of Left::load; all loads of kAhead steps are under way before the first product.
-  __device__ void multiply(const S* const (&rows)[2], const Right<S>& right, Range steps) {
-    constexpr int kAhead = 10;
-    for (int step = steps.begin; step < steps.end; step += kAhead) {
-      Left<S> left[kAhead];
-      typename Right<S>::Step columns[kAhead];
+    if constexpr (sizeof(S) == 2) {
+      const uint4 &x = left.row[0], &y = left.row[1], &w = right.bits;
+      mma<S>(chain[0], {x.x, y.x, x.y, y.y}, {w.x, w.y});
+      mma<S>(chain[kChains - 1], {x.z, y.z, x.w, y.w}, {w.z, w.w});
+    } else {
+#pragma unroll 2
+      for (int k = 0; k < kDeep / 4; ++k) {
+        float x[2][4] = {}, w[2][4];
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i)
-        if (step + i < steps.end) {
-          columns[i] = right.load(step + i);
-          left[i].load(rows, step + i);
+        for (int i = 0; i < 2; ++i) {
+          if (left.row[i]) load_vector(left.row[i] + k * 4, x[i]);
+          load_vector(right.at[i] + k * right.stride, w[i]);
         }
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i)
-        if (step + i < steps.end) add(left[i], columns[i]);
-    }
-  }
-};
-
-template <>
-struct Sums<float> {
-  float chain[2][4] = {};
-
-  __device__ float total(int i) const { return chain[0][i] + chain[1][i]; }
-
-  __device__ void add(const Left<float>& left, const Right<float>::Step& right) {
+        for (int j = 0; j < 4; ++j)
 #pragma unroll
-    for (int k = 0; k < kDeep / 4; ++k) {
-      float x[2][4] = {}, w[2][4];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (left.row[i]) load_vector(left.row[i] + k * 4, x[i]);
-        load_vector(right.at[i] + k * right.stride, w[i]);
+          for (int i = 0; i < 4; ++i) chain[j % kChains][i] = fmaf(x[i / 2][j], w[i % 2][j], chain[j % kChains][i]);
       }
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) chain[k % 2][i] = fmaf(x[i / 2][j], w[i % 2][j], chain[k % 2][i]);
-    }
-  }
-  __device__ void multiply(const float* const (&rows)[2], const Right<float>& right, Range steps) {
-    for (int step = steps.begin; step < steps.end; ++step) {
-      Left<float> left;
-      left.load(rows, step);
-      add(left, right.load(step));
     }
   }
 };
+
+// Steps of a tile's product. The loads of kAhead steps are under way before the first of them is multiplied, the left
+// operand's too unless it lies in shared memory, close by.
+template <int kAhead, bool shared, class S>
+__device__ void multiply(Sums<S>& sums, const Rows<S>& rows, const Right<S>& right, Range steps) {
+  constexpr int kOwn = sizeof(S) == 2 ? kAhead : 1;
+#pragma unroll 1
+  for (int step = steps.begin; step < steps.end; step += kOwn) {
+    Left<S> left[kOwn];
+    typename Right<S>::Step columns[kOwn];
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      columns[i] = right.load(step + i, step + i < steps.end);
+      if (!shared) left[i].load(rows, step + i, step + i < steps.end);
+    }
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i)
+      if (step + i < steps.end) {
+        if (shared) left[i].load(rows, step + i, true);
+        sums.add(left[i], columns[i]);
+      }
+  }
+}
 
 // The caller's features as a left operand: any depth, float32 or the weights' type.
-template <class S, class In>
+template <class In>
 struct Features {
-  const In* at;
+  const In* at[2];  // the lane's rows; null: zeros
   int depth;
-  bool aligned;  // every row, to 16 bytes
+  bool aligned;  // every row, and its length, to 16 bytes
 
-  // The lane's part of a step of one row, as it lies in memory.
+  // The lane's part of a step of both rows, as it lies in memory.
   union Part {
-    uint4 bits[sizeof(In) / 2];
-    In at[8];
+    uint4 bits[2][sizeof(In) / 2];
+    In at[2][8];
   };
-  __device__ void load(Part& part, int64_t row, int step) const {
+  __device__ void load(Part& part, int step, bool some) const {
+    constexpr int kPer = 16 / static_cast<int>(sizeof(In));
     const int k = step * kDeep + lane_of() % 4 * 8;
-    const In* from = at + row * depth + k;
-    if (row >= 0 && aligned && k + 8 <= depth) {
-#pragma unroll
-      for (int i = 0; i < int(sizeof(In)) / 2; ++i) part.bits[i] = reinterpret_cast<const uint4*>(from)[i];
-    } else {
-#pragma unroll
-      for (int j = 0; j < 8; ++j) part.at[j] = row >= 0 && k + j < depth ? from[j] : In{};
-    }
-  }
-  // rows: the lane's two, -1 for zeros; exchange: as of Left::make.
-  __device__ void multiply(Sums<S>& sums, const int64_t (&rows)[2], const Right<S>& right, Range steps, float* exchange) const {
-    constexpr int kAhead = sizeof(In) == 2 ? 8 : sizeof(S) == 2 ? 4 : 1;
-    for (int step = steps.begin; step < steps.end; step += kAhead) {
-      Part parts[kAhead][2];
-      typename Right<S>::Step columns[kAhead];
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i)
-        if (step + i < steps.end) {
-          columns[i] = right.load(step + i);
-          load(parts[i][0], rows[0], step + i);
-          load(parts[i][1], rows[1], step + i);
-        }
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i)
-        if (step + i < steps.end) {
-          float x[2][8];
-#pragma unroll
-          for (int j = 0; j < 8; ++j) x[0][j] = widen(parts[i][0].at[j]), x[1][j] = widen(parts[i][1].at[j]);
-          Left<S> left;
-          left.make(x, exchange);
-          sums.add(left, columns[i]);
-        }
-    }
-  }
-};
-
-// softmax(scores) times kTiles tiles of 8 columns. score(i, column): of the lane's row i (0: g, 1: g + 8), -inf where there
-// is none, of 8 neighbours from a multiple of 8 on. The weights are rounded as a left operand before they are summed: they
-// add up to 1.
-template <class S, int kTiles, class Score>
-__device__ void attend(float (&result)[kTiles][4], const Right<S> (&right)[kTiles], int tiles, int steps, const Score& score,
-                       float* exchange) {
-  float best[2] = {-INFINITY, -INFINITY}, total[2] = {}, x[2][8];
-  const int own = lane_of() % 4 * 8;
-#pragma unroll 4
-  for (int step = 0; step < steps; ++step)
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      score(i, step * kDeep + own, x[i]);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) best[i] = Max::join(x[i][j], best[i]);
-    }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) best[i] = warp_max<4>(best[i]);
-  Sums<S> sums[kTiles];
-#pragma unroll 2
-  for (int step = 0; step < steps; ++step) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      score(i, step * kDeep + own, x[i]);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) x[i][j] = expf(x[i][j] - best[i]);
-    }
-    Left<S> left;
-    left.make(x, exchange);
 #pragma unroll
     for (int i = 0; i < 2; ++i)
 #pragma unroll
-      for (int j = 0; j < 8; ++j) total[i] += x[i][j];
+      for (int j = 0; j < 8 / kPer; ++j)
+        part.bits[i][j] = some && at[i] && k + j * kPer < depth ? reinterpret_cast<const uint4*>(at[i] + k)[j] : make_uint4(0, 0, 0, 0);
+  }
+  // The same of any row, one by one.
+  __device__ void load_each(Part& part, int step) const {
+    const int k = step * kDeep + lane_of() % 4 * 8;
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile)
-      if (tile < tiles) sums[tile].add(left, right[tile].load(step));
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int j = 0; j < 8; ++j) part.at[i][j] = at[i] && k + j < depth ? at[i][k + j] : In{};
+  }
+  template <class S>
+  __device__ static void add(Sums<S>& sums, const Part& part, const typename Right<S>::Step& columns, float* exchange) {
+    Left<S> left;
+    if constexpr (std::is_same_v<S, In> && sizeof(S) == 2) {
+      left.row[0] = part.bits[0][0], left.row[1] = part.bits[1][0];
+    } else {
+      float x[2][8];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) x[0][j] = widen(part.at[0][j]), x[1][j] = widen(part.at[1][j]);
+      left.make(x, exchange);
+    }
+    sums.add(left, columns);
+  }
+};
+
+// exchange: as of Left::make.
+template <class S, class In>
+__device__ void multiply(Sums<S>& sums, const Features<In>& features, const Right<S>& right, Range steps, float* exchange) {
+  constexpr int kAhead = sizeof(S) == 4 ? 1 : sizeof(In) == 4 ? 4 : 8;
+  typedef typename Features<In>::Part Part;
+  if (!features.aligned) {
+#pragma unroll 1
+    for (int step = steps.begin; step < steps.end; ++step) {
+      Part part;
+      features.load_each(part, step);
+      features.template add<S>(sums, part, right.load(step, true), exchange);
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int step = steps.begin; step < steps.end; step += kAhead) {
+    Part parts[kAhead];
+    typename Right<S>::Step columns[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      columns[i] = right.load(step + i, step + i < steps.end);
+      features.load(parts[i], step + i, step + i < steps.end);
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i)
+      if (step + i < steps.end) features.template add<S>(sums, parts[i], columns[i], exchange);
+  }
+}
+
+// 8 elements of a row from a multiple of 8 on; null: zeros.
+__device__ inline void load_eight(const float* row, int i, float (&x)[8]) {
+  float half[2][4] = {};
+  if (row) {
+    load_vector(row + i, half[0]);
+    load_vector(row + i + 4, half[1]);
+  }
+#pragma unroll
+  for (int j = 0; j < 8; ++j) x[j] = half[j / 4][j % 4];
+}
+
+// softmax(scores) times the first `tiles` of kTiles tiles of 8 columns, whose right operands are `apart` elements apart.
+// scores: the lane's two rows, -inf where there is none, but one or more in each step. The weights are rounded as a left
+// operand before they are summed: they add up to 1.
+template <int kAhead, int kTiles, class S>
+__device__ void attend(float (&result)[kTiles][4], const Rows<float>& scores, const Right<S>& right, int64_t apart, int tiles, int steps,
+                       float* exchange) {
+  float best[2] = {-INFINITY, -INFINITY}, total[2] = {};
+  Sums<S, 1> sums[kTiles];
+#pragma unroll 1
+  for (int step = 0; step < steps; step += kAhead) {
+    float x[kAhead][2][8], most[2] = {best[0], best[1]};
+    typename Right<S>::Step columns[kAhead][kTiles];
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        load_eight(step + k < steps ? scores.at[i] : nullptr, (step + k) * kDeep + lane_of() % 4 * 8, x[k][i]);
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile)
+        columns[k][tile] = right.next(tile * apart).load(step + k, step + k < steps && tile < tiles);
+    }
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k)
+      if (step + k < steps)
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+#pragma unroll
+          for (int j = 0; j < 8; ++j) most[i] = fmaxf(x[k][i][j], most[i]);  // a NaN shows in the sum
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      most[i] = fmaxf(most[i], __shfl_xor_sync(kAllLanes, most[i], 1));
+      most[i] = fmaxf(most[i], __shfl_xor_sync(kAllLanes, most[i], 2));
+      const float factor = expf(best[i] - most[i]);  // what was summed so far was relative to a lower one
+      total[i] *= factor;
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) sums[tile].chain[0][2 * i] *= factor, sums[tile].chain[0][2 * i + 1] *= factor;
+      best[i] = most[i];
+    }
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k)
+      if (step + k < steps) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+#pragma unroll
+          for (int j = 0; j < 8; ++j) x[k][i][j] = expf(x[k][i][j] - best[i]);
+        Left<S> left;
+        left.make(x[k], exchange);
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+#pragma unroll
+          for (int j = 0; j < 8; ++j) total[i] += x[k][i][j];
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile)
+          if (tile < tiles) sums[tile].add(left, columns[k][tile]);
+      }
   }
 #pragma unroll
   for (int i = 0; i < 2; ++i) total[i] = 1 / warp_sum<4>(total[i]);
@@ -270,17 +326,24 @@ __device__ void attend(float (&result)[kTiles][4], const Right<S> (&right)[kTile
     for (int i = 0; i < 4; ++i) result[tile][i] = sums[tile].total(i) * total[i / 2];
 }
 
-// Tiles [first, last) by the block's warps, kSplit of them for each: product(tile, part, sums) adds one of kSplit parts of
-// the depth, finish(tile, row, column, sum) gets every element once. Every thread of the block calls; partials: shared,
-// [kWarps * 128], free again after the next barrier of the block.
-template <int kSplit, class S, class Product, class Finish>
-__device__ void for_tiles(int first, int last, float* partials, const Product& product, const Finish& finish) {
+// Tiles [first, last) by the block's warps, kSplit of them for each: product(sums, tile, part) adds one of kSplit parts of
+// the depth. finish(tile, row, column, sum) gets every element once, with addend(tile, row, column), which is asked for
+// before the product, so that its loads wait beside the product's. Every thread of the block calls; partials: shared,
+// [kWarps, 128], free again after the next barrier of the block.
+template <int kSplit, class S, class Addend, class Product, class Finish>
+__device__ void for_tiles(int first, int last, float* partials, const Addend& addend, const Product& product, const Finish& finish) {
   constexpr int kTogether = kWarps / kSplit;
   const int lane = lane_of(), part = warp_of() % kSplit;
+  const auto row_of = [&](int i) { return lane / 4 + i / 2 * 8; };
+  const auto column_of = [&](int i) { return lane % 4 * 2 + i % 2; };
+#pragma unroll 1
   for (int base = first; base < last; base += kTogether) {
     const int tile = base + warp_of() / kSplit;
+    float added[4 / kSplit];
+#pragma unroll
+    for (int j = 0; j < 4 / kSplit; ++j) added[j] = tile < last ? addend(tile, row_of(j * kSplit + part), column_of(j * kSplit + part)) : 0;
     Sums<S> sums;
-    if (tile < last) product(tile, part, sums);
+    if (tile < last) product(sums, tile, part);
     if constexpr (kSplit > 1) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) partials[(warp_of() * 4 + i) * kWarp + lane] = sums.total(i);
@@ -288,16 +351,16 @@ __device__ void for_tiles(int first, int last, float* partials, const Product& p
     }
     if (tile < last)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (i % kSplit != part) continue;
-        float sum = sums.total(i);
+      for (int j = 0; j < 4 / kSplit; ++j) {
+        const int i = j * kSplit + part;
+        float sum = sums.total(j);
         if constexpr (kSplit > 1) {
           const float* of_tile = partials + ((warp_of() - part) * 4 + i) * kWarp + lane;
           sum = of_tile[0];
 #pragma unroll
           for (int p = 1; p < kSplit; ++p) sum += of_tile[p * 4 * kWarp];
         }
-        finish(tile, lane / 4 + i / 2 * 8, lane % 4 * 2 + i % 2, sum);
+        finish(tile, row_of(i), column_of(i), sum + added[j]);
       }
     if constexpr (kSplit > 1) __syncthreads();
   }
