@@ -13,6 +13,7 @@ import triton.language as tl
 from evc_fast.kernels.head_tiles import (
     add_product,
     against,
+    head_products,
     gather,
     load_head,
     no_head,
@@ -68,27 +69,41 @@ def _softmax_backward(scores, grad, top, total, mean):
 
 @triton.jit
 def _word_tile(
+    queries,
+    query_rows,
+    x,
+    x_rows,
+    inside,
     query_main,
     query_tail,
     x_main,
     x_tail,
     keys,
     values,
-    inside,
+    words_inside,
     head,
+    head_blocks,
     SCALE: tl.constexpr,
     KEY_W: tl.constexpr,
     VALUE_W: tl.constexpr,
     WORDS: tl.constexpr,
     HEADS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STREAMED: tl.constexpr,
 ):
-    """Scores of rows to words (19), the gradient of their softmax for gradients x of X, and the keys."""
+    """Scores of rows to words (19), and the gradient of their softmax for gradients x of X."""
     word = tl.arange(0, WORDS).to(tl.int64)
-    main, tail = load_head(values, word * VALUE_W, inside, head, HEADS)
-    grad = against(x_main, x_tail, main, tail, HEADS)
-    main, tail = load_head(keys, word * KEY_W, inside, head, HEADS)
-    scores = against(query_main, query_tail, main, tail, HEADS) * SCALE
-    return tl.where(inside[None, :], scores, float("-inf")), grad, main, tail
+    if STREAMED:
+        grad = head_products(x, x_rows, inside, values, word * VALUE_W, words_inside, head, head_blocks, HEADS, COLUMNS)
+        scores = head_products(
+            queries, query_rows, inside, keys, word * KEY_W, words_inside, head, head_blocks, HEADS, COLUMNS
+        )
+    else:
+        main, tail = load_head(values, word * VALUE_W, words_inside, head, HEADS)
+        grad = against(x_main, x_tail, main, tail, HEADS)
+        main, tail = load_head(keys, word * KEY_W, words_inside, head, HEADS)
+        scores = against(query_main, query_tail, main, tail, HEADS)
+    return tl.where(words_inside[None, :], scores * SCALE, float("-inf")), grad
 
 
 @triton.jit
@@ -112,11 +127,13 @@ def emotion_attention_bwd_kernel(
     grad_query,  # [B, K, N, D], contiguous
     grad_gate_query,  # [B, K, N, D], contiguous
     grad_gate_key,  # [B, N, D], contiguous
+    grad_candidates,  # [B, K, N, D], contiguous: between the two halves of a video
     partials,  # [chunks, 2, W, D] float32: gradients of key / SCALE and of value, each program's own chunk and head
     gates,  # [B, heads, K, N, 3] float32, None where N <= FRAMES: of each row max, sum of exponentials, mean gradient
     B,
     word_blocks,  # at run time, as column_blocks: unrolled, the loops' addresses would take all registers
     column_blocks,
+    head_blocks,
     grad_b,
     query_b,
     gate_query_b,
@@ -143,6 +160,7 @@ def emotion_attention_bwd_kernel(
     FRAMES: tl.constexpr,
     WORDS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STREAMED: tl.constexpr,  # whether products over a head read it in blocks of COLUMNS: fewer registers, more loads
 ):
     ROWS: tl.constexpr = TRIPLETS * FRAMES
     HEADS: tl.constexpr = (D, HEAD, ALIGN, MAIN, TAIL)
@@ -156,13 +174,15 @@ def emotion_attention_bwd_kernel(
     words = word.to(tl.int64) * D
     own_rows = tile_rows(N * D, D, TILE)
     grad_rows = tile_rows(GRAD_K, GRAD_N, TILE)
+    query_rows = tile_rows(QUERY_K, QUERY_N, TILE)
     gate_rows = tile_rows(GATE_QUERY_K, GATE_QUERY_N, TILE)
     gate_sums = tile_rows(N * 3, 3, TILE)
     none = tl.zeros([ROWS], tl.float32)
     key_sums = partials + chunk * (2 * W * D)
     value_sums = key_sums + W * D
     begin = chunk * B // tl.num_programs(0)
-    for b in tl.range(begin, (chunk + 1) * B // tl.num_programs(0), disable_licm=True):
+    end = (chunk + 1) * B // tl.num_programs(0)
+    for b in tl.range(begin, end, disable_licm=True):
         grads_b = grad_context + b * grad_b * ALIGN
         gate_queries_b = gate_query + b * gate_query_b * ALIGN
         gate_keys_b = gate_key + b * gate_key_b * ALIGN
@@ -240,16 +260,26 @@ def emotion_attention_bwd_kernel(
                     main, tail = load_head(grads, grad_rows, inside, head, HEADS)
                     gathered = tl.trans(spread(p, TILE))
                     grad_main, grad_tail = add_product(gathered, main, tail, grad_main, grad_tail, HEADS)
-                x_main = grad_main.to(query.dtype.element_ty)
-                x_tail = grad_tail.to(query.dtype.element_ty)
+                target = grad_candidates + ((b * K + k) * N + m) * D
+                store_head(target, own_rows, x_inside, head, grad_main, grad_tail, HEADS)
+            target = grad_gate_key + (b * N + m) * D
+            store_head(target, frame.to(tl.int64) * D, m + frame < N, head, frames_main, frames_tail, HEADS)
+    tl.debug_barrier()  # other threads of this program read the gradient of X
+    # A loop of its own: in one with the gate the compiler keeps that one's addresses for the words, and spills.
+    for b in tl.range(begin, end, disable_licm=True):
+        for m in tl.range(0, N, FRAMES, disable_licm=True):
+            for k in tl.range(0, K, TRIPLETS, disable_licm=True):
+                x_inside = tile_inside(k, m, TILE)
+                grads = grad_candidates + ((b * K + k) * N + m) * D
+                x_main, x_tail = load_head(grads, own_rows, x_inside, head, HEADS)
                 queries = query + b * query_b * ALIGN + k * QUERY_K + m * QUERY_N
-                query_main, query_tail = load_head(queries, tile_rows(QUERY_K, QUERY_N, TILE), x_inside, head, HEADS)
+                query_main, query_tail = load_head(queries, query_rows, x_inside, head, HEADS)
                 top, total, weighted = none + float("-inf"), none, none
                 for block in tl.range(word_blocks, disable_licm=True):  # (19)
                     w = block * WORDS
-                    scores, grad, _, _ = _word_tile(
-                        query_main, query_tail, x_main, x_tail, key + w * KEY_W, value + w * VALUE_W, w + word < W,
-                        head, SCALE, KEY_W, VALUE_W, WORDS, HEADS,
+                    scores, grad = _word_tile(
+                        queries, query_rows, grads, own_rows, x_inside, query_main, query_tail, x_main, x_tail, key + w * KEY_W, value + w * VALUE_W, w + word < W,
+                        head, head_blocks, SCALE, KEY_W, VALUE_W, WORDS, HEADS, COLUMNS, STREAMED,
                     )  # fmt: skip
                     top, total, weighted = _softmax_sums(scores, grad, top, total, weighted)
                 mean = weighted / total
@@ -257,11 +287,14 @@ def emotion_attention_bwd_kernel(
                 own_main, own_tail = no_head(ROWS, HEADS)
                 for block in tl.range(word_blocks, disable_licm=True):
                     w = block * WORDS
-                    scores, grad, keys_main, keys_tail = _word_tile(
-                        query_main, query_tail, x_main, x_tail, key + w * KEY_W, value + w * VALUE_W, w + word < W,
-                        head, SCALE, KEY_W, VALUE_W, WORDS, HEADS,
+                    scores, grad = _word_tile(
+                        queries, query_rows, grads, own_rows, x_inside, query_main, query_tail, x_main, x_tail, key + w * KEY_W, value + w * VALUE_W, w + word < W,
+                        head, head_blocks, SCALE, KEY_W, VALUE_W, WORDS, HEADS, COLUMNS, STREAMED,
                     )  # fmt: skip
                     p, grad_scores = _softmax_backward(scores, grad, top, total, mean)
+                    keys_main, keys_tail = load_head(
+                        key + w * KEY_W, word.to(tl.int64) * KEY_W, w + word < W, head, HEADS
+                    )
                     own_main, own_tail = add_product(grad_scores, keys_main, keys_tail, own_main, own_tail, HEADS)
                     _add_partial(value_sums + w * D, words, w + word < W, head, p, x_main, x_tail, fresh, HEADS)
                     _add_partial(
@@ -270,8 +303,6 @@ def emotion_attention_bwd_kernel(
                 tl.debug_barrier()  # before these sums are read again, perhaps by other threads of this program
                 target = grad_query + ((b * K + k) * N + m) * D
                 store_head(target, own_rows, x_inside, head, own_main * SCALE, own_tail * SCALE, HEADS)
-            target = grad_gate_key + (b * N + m) * D
-            store_head(target, frame.to(tl.int64) * D, m + frame < N, head, frames_main, frames_tail, HEADS)
 
 
 @triton.jit

@@ -26,9 +26,9 @@ def load_columns(base, rows, inside, column, D: tl.constexpr):
 
 
 @triton.jit
-def _columns(head, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr):
+def _columns(head, first, WIDTH: tl.constexpr, HEADS: tl.constexpr):
     """Columns of a tile, and which of them are the head's: ``head`` is its first feature."""
-    column = head // HEADS[2] * HEADS[2] + FIRST + tl.arange(0, WIDTH)
+    column = head // HEADS[2] * HEADS[2] + first + tl.arange(0, WIDTH)
     return column, (column >= head) & (column < head + HEADS[1])
 
 
@@ -98,6 +98,22 @@ def products(
         column = block * COLUMNS + tl.arange(0, COLUMNS)
         a = load_columns(base, rows, inside, column, D)
         product = _dot(a, tl.trans(load_columns(other_base, others, others_inside, column, D)), product)
+    return product
+
+
+@triton.jit
+def head_products(
+    base, rows, inside, other_base, others, others_inside, head, head_blocks, HEADS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """rows others^T over a head's features, read in blocks: what :func:`against` computes of tiles that are on chip."""
+    product = tl.zeros([rows.shape[0], others.shape[0]], tl.float32)
+    for block in tl.range(head_blocks, disable_licm=True):
+        column, own = _columns(head, block * COLUMNS, COLUMNS, HEADS)
+        a = load_columns(base, rows, inside, column, HEADS[0])
+        b = load_columns(other_base, others, others_inside, column, HEADS[0])
+        a = tl.where(own[None, :], a, tl.zeros_like(a))
+        b = tl.where(own[None, :], b, tl.zeros_like(b))
+        product = _dot(a, tl.trans(b), product)
     return product
 
 
