@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evc_fast.model import EncoderOutput, FaceNetConfig, FaceNetEncoder, graph_training
+from evc_fast.model.folded import _KERNEL_VIDEOS
 from evc_fast.testing.encoder_cases import (
     ENCODER_OPTIONS,
     ENCODER_SIZES,
@@ -52,11 +53,14 @@ def assert_folded(sizes: dict, batches: tuple[int, ...], dtype: torch.dtype) -> 
         shown = named_outputs(folded(*given, explain=True, impl=here("cuda", dtype)))
         short = folded(*given, impl=here("cuda", dtype))
         assert torch.equal(short.tokens, shown["tokens"]), f"B = {batch}: an explanation changes the tokens"
-        assert torch.equal(folded(*given).tokens, short.tokens), f"B = {batch}: not what is taken by itself"
+        called = named_outputs(folded(*given, explain=True))  # as a user does: of many videos not by the kernel
+        if batch <= _KERNEL_VIDEOS:
+            assert torch.equal(called["tokens"], short.tokens), f"B = {batch}: not what is taken by itself"
         for name, wanted in oracle.items():
-            assert (shown[name] is None) == (wanted is None), f"B = {batch}: {name}"
+            assert (shown[name] is None) == (wanted is None) == (called[name] is None), f"B = {batch}: {name}"
             if wanted is not None:
                 fields.setdefault(name, []).append((shown[name].cpu(), plain[name], wanted))
+                fields.setdefault(f"{name} as called", []).append((called[name].cpu(), plain[name], wanted))
     for name, triples in fields.items():
         actual, plain, oracle = (torch.cat(parts) for parts in zip(*triples, strict=True))
         assert actual.dtype == plain.dtype, name
@@ -118,7 +122,7 @@ def test_one_video_takes_three_launches_at_most(dtype):
 
 
 @cuda_alone
-@pytest.mark.parametrize("batch", [1, 33])
+@pytest.mark.parametrize("batch", [1, _KERNEL_VIDEOS, 33])
 @torch.inference_mode()
 def test_folded_on_a_side_stream_and_in_a_graph(batch):
     folded = build_encoder(**PAPER_SIZES).fold(dtype=torch.float32).to(ON, torch.bfloat16)
@@ -143,7 +147,9 @@ def test_folded_on_a_side_stream_and_in_a_graph(batch):
     for _ in range(3):
         replayed.fill_(torch.nan)
         graph.replay()
-        assert torch.equal(replayed, folded(*others).tokens)
+        torch.testing.assert_close(replayed, folded(*others).tokens)
+        if batch <= _KERNEL_VIDEOS:  # else by products, for which the library may choose otherwise in a graph
+            assert torch.equal(replayed, folded(*others).tokens)
 
 
 @torch.no_grad()
