@@ -13,8 +13,8 @@ import triton.language as tl
 from evc_fast.kernels.head_tiles import (
     add_product,
     against,
-    head_products,
     gather,
+    head_products,
     load_head,
     no_head,
     products,
@@ -278,8 +278,9 @@ def emotion_attention_bwd_kernel(
                 for block in tl.range(word_blocks, disable_licm=True):  # (19)
                     w = block * WORDS
                     scores, grad = _word_tile(
-                        queries, query_rows, grads, own_rows, x_inside, query_main, query_tail, x_main, x_tail, key + w * KEY_W, value + w * VALUE_W, w + word < W,
-                        head, head_blocks, SCALE, KEY_W, VALUE_W, WORDS, HEADS, COLUMNS, STREAMED,
+                        queries, query_rows, grads, own_rows, x_inside, query_main, query_tail, x_main, x_tail,
+                        key + w * KEY_W, value + w * VALUE_W, w + word < W, head, head_blocks, SCALE, KEY_W, VALUE_W,
+                        WORDS, HEADS, COLUMNS, STREAMED,
                     )  # fmt: skip
                     top, total, weighted = _softmax_sums(scores, grad, top, total, weighted)
                 mean = weighted / total
@@ -288,8 +289,9 @@ def emotion_attention_bwd_kernel(
                 for block in tl.range(word_blocks, disable_licm=True):
                     w = block * WORDS
                     scores, grad = _word_tile(
-                        queries, query_rows, grads, own_rows, x_inside, query_main, query_tail, x_main, x_tail, key + w * KEY_W, value + w * VALUE_W, w + word < W,
-                        head, head_blocks, SCALE, KEY_W, VALUE_W, WORDS, HEADS, COLUMNS, STREAMED,
+                        queries, query_rows, grads, own_rows, x_inside, query_main, query_tail, x_main, x_tail,
+                        key + w * KEY_W, value + w * VALUE_W, w + word < W, head, head_blocks, SCALE, KEY_W, VALUE_W,
+                        WORDS, HEADS, COLUMNS, STREAMED,
                     )  # fmt: skip
                     p, grad_scores = _softmax_backward(scores, grad, top, total, mean)
                     keys_main, keys_tail = load_head(
