@@ -34,16 +34,19 @@ struct Block {
   template <class Tiles>
   __device__ static void for_units_of(int tiles, int together, const Tiles& run) {
     for_units(parts(tiles, together), [&](int unit) {
-      const int first = unit * together;
-      run(first, first + together < tiles ? first + together : tiles);
+      run(unit * together, least((unit + 1) * together, tiles));
     });
   }
   // Blocks that share the work on one of `count` equal things, which has `pieces`.
   __device__ static int groups(int count, int pieces) {
-    const int each = static_cast<int>(gridDim.x) / count, most = each < pieces ? each : pieces;
+    const int most = least(static_cast<int>(gridDim.x) / count, pieces);
     return most > 1 ? most : 1;
   }
   __device__ Right<S> packed(Weight w, int tile) const { return Right<S>::packed(p.matrix(w), p.size(w).depth, tile); }
+  __device__ void expect_packed(Weight w, int tile) const {
+    const int elements = kColumns * p.size(w).depth;
+    expect(p.matrix(w) + int64_t(tile) * elements, elements * int64_t(sizeof(S)));
+  }
   __device__ int steps(Weight w) const { return p.size(w).depth / kDeep; }
   __device__ float* exchange() const { return floats(p.shared.exchange) + warp * kExchange; }
 

@@ -5,7 +5,9 @@
 #include "grid.cuh"
 #include "kernels.cuh"
 
+#include <algorithm>
 #include <cstdio>
+#include <limits>
 
 namespace evc::folded {
 namespace {
@@ -84,15 +86,23 @@ int64_t workspace(const FoldedCudaArgs& args, const CudaLaunch& how) {
 
 const char* obstacle(const FoldedCudaArgs& args, const CudaLaunch& how) {
   static thread_local char text[256];
-  const int64_t needed = with_layout(args, how.dtype, how.videos, nullptr, [](const auto& layout) { return layout.shared_bytes; });
   const auto limit = static_cast<int64_t>(shared_limit());
-  if (needed <= limit) return nullptr;
-  snprintf(text, sizeof(text),
-           "the folded encoder's CUDA kernel needs %lld bytes of shared memory for these sizes (N = %lld, d = %lld, N_q = %lld) and this "
-           "GPU's blocks have %lld: use impl=\"reference\"",
-           static_cast<long long>(needed), static_cast<long long>(args.N), static_cast<long long>(args.d),
-           static_cast<long long>(args.queries), static_cast<long long>(limit));
-  return text;
+  return with_layout(args, how.dtype, 1, nullptr, [&](const auto& layout) -> const char* {
+    int columns = 0;
+    for (int w = 0; w < kFoldedCudaWeights; ++w) columns = std::max(columns, layout.size(static_cast<FoldedCudaWeight>(w)).columns);
+    const int64_t of_video = args.K * layout.row_tiles * int64_t(columns), most = std::numeric_limits<int>::max() / of_video;
+    if (layout.shared_bytes > limit)
+      snprintf(text, sizeof(text),
+               "the CUDA kernel needs %lld bytes of shared memory for N = %d, d = %d and N_q = %d, and a block has %lld here: use "
+               "impl=\"reference\"",
+               static_cast<long long>(layout.shared_bytes), layout.N, layout.d, layout.queries, static_cast<long long>(limit));
+    else if (how.videos > most)
+      snprintf(text, sizeof(text), "the CUDA kernel takes %lld videos of these sizes at a time, got %lld: split the batch",
+               static_cast<long long>(most), static_cast<long long>(how.videos));
+    else
+      return nullptr;
+    return text;
+  });
 }
 
 int run(const FoldedCudaArgs& args, const CudaLaunch& how) {

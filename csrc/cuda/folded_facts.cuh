@@ -11,6 +11,7 @@ struct Facts : Block<S> {
   typedef FoldedCudaWeight Weight;
   using Block<S>::Block, Block<S>::p, Block<S>::floats, Block<S>::operands, Block<S>::partials, Block<S>::lane, Block<S>::warp;
   using Block<S>::g, Block<S>::t, Block<S>::for_units, Block<S>::for_units_of, Block<S>::groups, Block<S>::packed, Block<S>::steps;
+  using Block<S>::expect_packed;
   using Block<S>::exchange, Block<S>::rows_of, Block<S>::multiply_packed, Block<S>::remember;
 
   // ---- all products of the features, and the weights of (10)-(15) ----
@@ -22,7 +23,7 @@ struct Facts : Block<S> {
     const int tiles = of_video + (p.retrieval ? parts(triplet_rows, kRows) * triplet_columns : 0), units = parts(tiles, kTogether);
     for_units(units + (p.retrieval ? p.B * p.K : 0), [&](int unit) {
       if (unit >= units) return calibrate(unit - units);
-      const int first = unit * kTogether, last = first + kTogether < tiles ? first + kTogether : tiles;
+      const int first = unit * kTogether, last = least(first + kTogether, tiles);
       for_tiles<kSplit, S>(
           first, last, partials(),
           [&](int tile, int, int column) { return tile < of_video ? p.vector(Weight::kVisualBias)[tile % columns * kColumns + column] : 0.0f; },
@@ -162,15 +163,17 @@ struct Facts : Block<S> {
     for_units(row_tiles * each, [&](int unit) {
       const int m = unit / each, group = unit % each, pair = m / p.row_tiles, k = pair % p.K;
       const int64_t frame = int64_t(pair / p.K) * p.frames + m % p.row_tiles * kRows;
+      const int begin = int(int64_t(tiles) * group / each), end = int(int64_t(tiles) * (group + 1) / each);
+      const auto packed_tile = [&](int tile) { return tile < of_hidden ? tile : tile + k * of_router; };
+      if (begin + warp < end) expect_packed(Weight::kHidden, packed_tile(begin + warp));
       attend_to_triplet(pair, frame);
       for_tiles<1, S>(
-          int(int64_t(tiles) * group / each), int(int64_t(tiles) * (group + 1) / each), partials(),
+          begin, end, partials(),
           [&](int tile, int row, int column) {
             return tile < of_hidden ? p.of_visual[(frame + row) * p.hidden + tile * kColumns + column] : 0.0f;
           },
           [&](Sums<S>& sums, int tile, int) {
-            const int own = tile < of_hidden ? tile : tile + k * of_router;
-            this->template multiply_packed<10, true>(sums, rows_of(operands(p.shared.h), 0, stride), Weight::kHidden, own);
+            this->template multiply_packed<10, true>(sums, rows_of(operands(p.shared.h), 0, stride), Weight::kHidden, packed_tile(tile));
           },
           [&](int tile, int row, int column, float sum) {
             const int64_t to = int64_t(m) * kRows + row;
@@ -257,13 +260,13 @@ struct Facts : Block<S> {
   // ---- the FFN's second layer with its residual (18) ----
 
   __device__ void ffn() const {
-    constexpr int kSplit = 4;
+    constexpr int kSplit = 4, kTogether = kWarps / kSplit;
     const int columns = p.width / kColumns, stride = p.emotion_first ? p.emotion_columns() : p.width;
     const float* residual = p.emotion_first ? p.emotions_of : p.visual;
-    const int tiles = p.B * p.K * p.row_tiles * columns, units = parts(tiles, kWarps / kSplit);
+    const int tiles = p.B * p.K * p.row_tiles * columns, units = parts(tiles, kTogether);
     for_units(units + p.B, [&](int unit) {
       if (unit >= units) return weigh(unit - units);
-      const int first = unit * (kWarps / kSplit), last = first + kWarps / kSplit < tiles ? first + kWarps / kSplit : tiles;
+      const int first = unit * kTogether, last = least(first + kTogether, tiles);
       for_tiles<kSplit, S>(
           first, last, partials(),
           [&](int tile, int row, int column) {
@@ -326,9 +329,11 @@ struct Facts : Block<S> {
     const int tiles = of_words + (p.augments ? p.frames / kColumns : 0), each = groups(row_tiles, tiles);
     for_units(row_tiles * each, [&](int unit) {
       const int m = unit / each, group = unit % each;
+      const int begin = int(int64_t(tiles) * group / each), end = int(int64_t(tiles) * (group + 1) / each);
+      if (begin + warp / 2 < least(end, of_words)) expect_packed(Weight::kWords, begin + warp / 2);
       normalise(m, group == 0);
       for_tiles<2, S>(
-          int(int64_t(tiles) * group / each), int(int64_t(tiles) * (group + 1) / each), partials(),
+          begin, end, partials(),
           [&](int tile, int, int column) {
             column += tile * kColumns;
             return tile < of_words ? p.vector(Weight::kWordsBias)[column] : gate_bias(m / p.row_tiles / p.K, column - of_words * kColumns);

@@ -12,6 +12,7 @@ constexpr int kRows = 16, kColumns = 8, kDeep = 32;
 
 __host__ __device__ constexpr int round_up(int64_t n, int to) { return static_cast<int>((n + to - 1) / to * to); }
 __host__ __device__ constexpr int parts(int64_t n, int of) { return static_cast<int>((n + of - 1) / of); }
+__host__ __device__ constexpr int least(int a, int b) { return a < b ? a : b; }
 
 // Elements from one row of a left operand in shared memory to the next: the 8 rows that a warp reads at a time lie in
 // different banks.
@@ -204,8 +205,7 @@ struct Layout {
     take(shared.before, kRows * int64_t(rows_stride(width)), sizeof(float));
     take(shared.after, kRows * int64_t(shared_stride<S>(width)), sizeof(S));
     at = common;
-    const int enough = parts(kWarps, row_tiles);
-    together = enough < K ? enough : K;
+    together = least(parts(kWarps, row_tiles), K);
     take(shared.routed, int64_t(N) * kColumns, sizeof(float));
     take(shared.sums, kWarps * 2 * kColumns, sizeof(float));
     take(shared.context, int64_t(together) * frames * kColumns, sizeof(float));

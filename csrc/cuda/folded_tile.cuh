@@ -15,6 +15,15 @@ namespace evc::folded {
 __device__ inline int lane_of() { return static_cast<int>(threadIdx.x % kWarp); }
 __device__ inline int warp_of() { return static_cast<int>(threadIdx.x / kWarp); }
 
+// Asks for what the calling warp is about to read, while it still has other things to do.
+__device__ inline void expect([[maybe_unused]] const void* from, [[maybe_unused]] int64_t bytes) {
+#ifdef __CUDA_ARCH__
+  constexpr int kLine = 128;
+  for (int64_t at = lane_of() * kLine; at < bytes; at += kWarp * kLine)
+    asm volatile("prefetch.global.L1 [%0];" ::"l"(__cvta_generic_to_global(static_cast<const char*>(from) + at)));
+#endif
+}
+
 // Steps of the depth: [begin, end).
 struct Range {
   int begin, end;

@@ -10,7 +10,7 @@ struct Tokens : Block<S> {
   typedef FoldedCudaWeight Weight;
   using Block<S>::Block, Block<S>::p, Block<S>::floats, Block<S>::operands, Block<S>::partials, Block<S>::lane, Block<S>::warp;
   using Block<S>::g, Block<S>::t, Block<S>::for_units, Block<S>::groups, Block<S>::packed, Block<S>::exchange;
-  using Block<S>::rows_of, Block<S>::multiply_packed, Block<S>::remember;
+  using Block<S>::rows_of, Block<S>::multiply_packed, Block<S>::expect_packed, Block<S>::remember;
 
   // ---- 8 columns of a video: the attended emotions, routed and pooled ----
 
@@ -33,6 +33,7 @@ struct Tokens : Block<S> {
     const float* weights = p.weights + int64_t(b) * p.N * p.K;
     float *routed = floats(p.shared.routed), *context = floats(p.shared.context);
     float all = 0, routed_sum = 0;
+    if (of_context && !once) expect(weights, int64_t(p.N) * p.K * 4);
     const auto gather = [&](int begin, int count, const float* values, int64_t of_frame, int64_t of_triplet) {
 #pragma unroll 1
       for (int n = first; n < p.N; n += apart) {
@@ -51,10 +52,13 @@ struct Tokens : Block<S> {
     } else {
 #pragma unroll 1
       for (int begin = 0; begin < K; begin += p.together) {
-        const int count = begin + p.together < K ? p.together : K - begin;
+        const int count = least(p.together, K - begin);
         const int64_t row = (int64_t(b) * K + begin) * p.frames;
 #pragma unroll 1
-        for (int m = warp; m < count * p.row_tiles; m += kWarps) attend_to_words(row, m, tile);
+        for (int m = warp; m < count * p.row_tiles; m += kWarps) {
+          expect(p.gate_scores + (row + m * kRows) * p.frames_deep, kRows * int64_t(p.frames_deep) * 4);
+          attend_to_words(row, m, tile);
+        }
         __syncthreads();
 #pragma unroll 1
         for (int m = warp; m < count * p.row_tiles; m += kWarps) attend_to_frames(row, m);
@@ -121,13 +125,11 @@ struct Tokens : Block<S> {
   // Unit: 8 columns of the facts' or the emotions' half of some videos. The gates' products run beside the first of E's.
   __device__ void gates() const {
     const int halves = p.emotions ? 2 : 1, tiles = p.width / kColumns;
-    int together = parts(int64_t(p.B) * halves * tiles, static_cast<int>(gridDim.x));
-    together = together < p.B ? together : p.B;
-    together = together < kRows ? together : kRows;
+    const int together = least(least(parts(p.B * halves * tiles, static_cast<int>(gridDim.x)), p.B), kRows);
     const int of_videos = parts(p.B, together);
     for_units(of_videos * halves * tiles, [&](int unit) {
       const int first = unit % of_videos * together, half = unit / of_videos / tiles;
-      fuse(first, first + together < p.B ? together : p.B - first, half, unit / of_videos % tiles);
+      fuse(first, least(together, p.B - first), half, unit / of_videos % tiles);
     });
   }
   __device__ void fuse(int first, int videos, int half, int tile) const {
@@ -201,7 +203,7 @@ struct Tokens : Block<S> {
     const int units = parts(tiles, kTogether), shown = p.explain && p.emotions ? p.B * (p.augments ? p.K : 1) : 0;
     for_units(units + shown, [&](int unit) {
       if (unit >= units) return explain_emotions(unit - units);
-      const int first = unit * kTogether, last = first + kTogether < tiles ? first + kTogether : tiles;
+      const int first = unit * kTogether, last = least(first + kTogether, tiles);
       for_tiles<kSplit, S>(
           first, last, partials(),
           [&](int tile, int, int column) {
@@ -270,10 +272,12 @@ struct Tokens : Block<S> {
     const int each = groups(p.B, parts(columns * query_tiles, kWarps));
     for_units(p.B * each, [&](int unit) {
       const int b = unit / each, group = unit % each;
+      const int begin = int(int64_t(columns) * group / each) * query_tiles, end = int(int64_t(columns) * (group + 1) / each) * query_tiles;
+      if (begin + warp < end) expect_packed(Weight::kOutput, (begin + warp) / query_tiles);
       read(b);
       __syncthreads();
       for_tiles<1, S>(
-          int(int64_t(columns) * group / each) * query_tiles, int(int64_t(columns) * (group + 1) / each) * query_tiles, partials(),
+          begin, end, partials(),
           [&](int tile, int row, int column) {
             row += tile % query_tiles * kRows, column += tile / query_tiles * kColumns;
             const bool some = row < p.queries && column < p.output_width;
@@ -289,24 +293,29 @@ struct Tokens : Block<S> {
           });
     });
   }
-  // softmax(scores) values of all heads, into shared memory.
+  // softmax(scores) values of all heads, into shared memory. A job: 16 queries of a head, kTiles tiles of its columns.
   __device__ void read(int b) const {
-    constexpr int kTiles = 5;  // that share a softmax
+    constexpr int kTiles = 5;
     const int query_tiles = parts(p.queries, kRows), of_head = p.head_width / kColumns, all = p.by_head / kColumns;
     const int rest = all - p.heads * of_head, chunks = parts(of_head + rest, kTiles);  // the last head also fills the padding
-    const int stride = shared_stride<S>(p.by_head);
+    const int jobs = p.heads * query_tiles * chunks, stride = shared_stride<S>(p.by_head);
+    const S* values = p.memory_values + int64_t(b) * p.by_head * p.slots;
+    const float* scores = p.memory_scores + int64_t(b) * p.scores * p.slots;
+    const auto head_of = [&](int job) { return job / chunks % p.heads; };
+    const auto query_of = [&](int job) { return job / chunks / p.heads * kRows; };
+    const auto tile_of = [&](int job) { return head_of(job) * of_head + job % chunks * kTiles; };
+    if (const int next = warp + kWarps; next < jobs) {  // while the first job waits
+      expect(values + int64_t(tile_of(next)) * kColumns * p.slots, int64_t(least(kTiles, all - tile_of(next))) * kColumns * p.slots * sizeof(S));
+      expect(scores + int64_t(head_of(next) * p.queries + query_of(next)) * p.slots, int64_t(least(kRows, p.queries - query_of(next))) * p.slots * 4);
+    }
 #pragma unroll 1
-    for (int job = warp; job < p.heads * query_tiles * chunks; job += kWarps) {
-      const int h = job / chunks % p.heads, q = job / chunks / p.heads * kRows + g;
-      const int tile = h * of_head + job % chunks * kTiles, end = h + 1 < p.heads ? (h + 1) * of_head : all;
-      if (tile >= end) continue;
-      const int tiles = end - tile < kTiles ? end - tile : kTiles;
-      const float* scores = p.memory_scores + (int64_t(b) * p.scores + h * p.queries + q) * p.slots;
-      const float* below = scores + 8 * int64_t(p.slots);
-      const S* values = p.memory_values + (int64_t(b) * p.by_head + tile * kColumns) * p.slots;
+    for (int job = warp; job < jobs; job += kWarps) {
+      const int h = head_of(job), q = query_of(job) + g, tile = tile_of(job), tiles = least(kTiles, (h + 1 < p.heads ? (h + 1) * of_head : all) - tile);
+      if (tiles <= 0) continue;
+      const float* own = scores + int64_t(h * p.queries + q) * p.slots;
       float x[kTiles][4];
-      attend<2>(x, {{q < p.queries ? scores : nullptr, q + 8 < p.queries ? below : nullptr}}, Right<S>::of_rows(values, p.slots),
-             int64_t(kColumns) * p.slots, tiles, p.slots / kDeep, exchange());
+      attend<2>(x, {{q < p.queries ? own : nullptr, q + 8 < p.queries ? own + 8 * int64_t(p.slots) : nullptr}},
+                Right<S>::of_rows(values + int64_t(tile) * kColumns * p.slots, p.slots), int64_t(kColumns) * p.slots, tiles, p.slots / kDeep, exchange());
 #pragma unroll
       for (int i = 0; i < kTiles; ++i)
         if (i < tiles)
