@@ -335,8 +335,8 @@ struct Facts : Block<S> {
       for_tiles<2, S>(
           begin, end, partials(),
           [&](int tile, int, int column) {
-            column += tile * kColumns;
-            return tile < of_words ? p.vector(Weight::kWordsBias)[column] : gate_bias(m / p.row_tiles / p.K, column - of_words * kColumns);
+            if (tile < of_words) return p.vector(Weight::kWordsBias)[tile * kColumns + column];
+            return gate_bias(m / p.row_tiles / p.K, (tile - of_words) * kColumns + column);
           },
           [&](Sums<S>& sums, int tile, int part) {
             const Rows<S> rows = rows_of(operands(p.shared.after), 0, stride);

@@ -90,7 +90,7 @@ struct Tokens : Block<S> {
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) sum += sums[w * 2 * kColumns + threadIdx.x];
     if (threadIdx.x < kColumns)
-      p.pooled[int64_t(b) * p.gate_depth() + (of_context ? p.width : 0) + column] = narrow<S>(sum / static_cast<float>(K * p.N));
+      p.pooled[int64_t(b) * p.gate_depth() + (of_context ? p.width : 0) + column] = narrow<S>(sum / float(K * p.N));
     else if (of_context)
       p.mean_context[int64_t(b) * p.by_head + column] = narrow<S>(sum / static_cast<float>(p.N));
   }
