@@ -127,30 +127,33 @@ class Row:
     arch: int = 0  # from which compute capability on
 
 
+ANY = 2**31
+
 # The first row that fits serves.
 TABLE = {
-    "entropy_calibration_forward": (Row(1024, 4), Row(4096, 8), Row(16384, 16)),
+    "entropy_calibration_forward": (Row(1024, 4), Row(4096, 8), Row(8192, 16)),
     "entropy_calibration_backward": (
-        Row(512, 8, {"TILE": 4}),
-        Row(1024, 8, {"TILE": 2}),
+        Row(512, 16, {"TILE": 4}),
+        Row(1024, 16, {"TILE": 2}),
         Row(4096, 16, {"TILE": 1}),
-        Row(16384, 32, {"TILE": 1}),
+        Row(8192, 32, {"TILE": 1}),
     ),
     "emotion_attention_forward": (
         Row(128, 4, {"ROWS": 64, "WORDS": 64, "COLUMNS": 64}, itemsize=2, arch=90),
         Row(128, 4, {"ROWS": 64, "WORDS": 32, "COLUMNS": 64}, itemsize=2),
-        Row(128, 16, {"ROWS": 64, "WORDS": 64, "COLUMNS": 32}),
+        Row(96, 16, {"ROWS": 64, "WORDS": 32, "COLUMNS": 32}),
+        Row(128, 8, {"ROWS": 32, "WORDS": 16, "COLUMNS": 32}),
         Row(512, 8, {"ROWS": 16, "WORDS": 16, "COLUMNS": 32}),
     ),
     "emotion_attention_backward": (
         Row(128, 8, {"ROWS": 64, "WORDS": 16, "COLUMNS": 64, "STREAMED": 1}, itemsize=2, arch=120),
-        Row(128, 4, {"ROWS": 64, "WORDS": 64, "COLUMNS": 64, "STREAMED": 0}, itemsize=2, arch=90),
+        Row(128, 8, {"ROWS": 64, "WORDS": 64, "COLUMNS": 64, "STREAMED": 0}, itemsize=2, arch=90),
         Row(128, 8, {"ROWS": 64, "WORDS": 16, "COLUMNS": 64, "STREAMED": 1}, itemsize=2),
         Row(128, 8, {"ROWS": 32, "WORDS": 16, "COLUMNS": 32, "STREAMED": 1}),
         Row(512, 8, {"ROWS": 16, "WORDS": 16, "COLUMNS": 32, "STREAMED": 1}),
     ),
-    "routing_aggregation_forward": (Row(65536, 4, {"TRIPLETS": 4, "FRAMES": 16, "COLUMNS": 64}),),
-    "routing_aggregation_backward": (Row(65536, 4, {"TILE": 4096, "COLUMNS": 512}),),
+    "routing_aggregation_forward": (Row(ANY, 4, {"TRIPLETS": 4, "FRAMES": 16, "COLUMNS": 64}),),
+    "routing_aggregation_backward": (Row(ANY, 4, {"TILE": 4096, "COLUMNS": 512}),),
 }
 
 

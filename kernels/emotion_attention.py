@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from evc_fast.kernels import common
-from evc_fast.kernels.emotion_attention_backward import emotion_attention_bwd_kernel, emotion_attention_reduce_kernel
+from evc_fast.kernels.emotion_attention_backward import _emotion_attention_bwd_kernel, _emotion_attention_reduce_kernel
 from evc_fast.kernels.head_tiles import (
     add_product,
     against,
@@ -206,7 +206,7 @@ def backward(
     many = frames > constants["FRAMES"]
     gates = key.new_empty(batch, num_heads, count, frames, 3, dtype=torch.float32) if many else None
     common.launch(
-        emotion_attention_bwd_kernel,
+        _emotion_attention_bwd_kernel,
         (chunks, num_heads),
         *tensors,
         candidates,
@@ -223,14 +223,14 @@ def backward(
         *(t.stride(0) // constants["ALIGN"] for t in (grad_context, query, gate_query, gate_key)),
         GRAD_K=grad_context.stride(1),
         GRAD_N=grad_context.stride(2),
-        STREAMED=bool(row.blocks["STREAMED"]),
+        STREAMED=bool(row.blocks["STREAMED"]) or constants["TRIPLETS"] * constants["FRAMES"] < 64,
         num_warps=row.warps,
         num_stages=row.stages,
         **constants,
     )
     size = grad_key.numel()
     common.launch(
-        emotion_attention_reduce_kernel,
+        _emotion_attention_reduce_kernel,
         (triton.cdiv(size, REDUCED), 2),
         partials,
         grad_key,

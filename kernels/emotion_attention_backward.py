@@ -116,7 +116,7 @@ def _add_partial(base, rows, inside, head, weights, main, tail, fresh, HEADS: tl
 
 
 @triton.jit
-def emotion_attention_bwd_kernel(
+def _emotion_attention_bwd_kernel(
     grad_context,  # [B, K, N, D]
     query,  # [B, K, N, D]
     key,  # [W, D]
@@ -308,7 +308,7 @@ def emotion_attention_bwd_kernel(
 
 
 @triton.jit
-def emotion_attention_reduce_kernel(
+def _emotion_attention_reduce_kernel(
     partials,  # [chunks, 2, W D] float32
     grad_key,  # [W D]
     grad_value,  # [W D]
