@@ -19,6 +19,7 @@ __device__ inline int warp_of() { return static_cast<int>(threadIdx.x / kWarp); 
 __device__ inline void expect([[maybe_unused]] const void* from, [[maybe_unused]] int64_t bytes) {
 #ifdef __CUDA_ARCH__
   constexpr int kLine = 128;
+#pragma unroll 1
   for (int64_t at = lane_of() * kLine; at < bytes; at += kWarp * kLine)
     asm volatile("prefetch.global.L1 [%0];" ::"l"(__cvta_generic_to_global(static_cast<const char*>(from) + at)));
 #endif

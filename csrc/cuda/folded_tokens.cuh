@@ -66,6 +66,7 @@ struct Tokens : Block<S> {
         gather(begin, count, context + c, kColumns, p.frames * kColumns);
       }
     }
+#pragma unroll 1
     for (int n = first; n < p.N; n += apart) {
       const float x = routed[n * kColumns + c];
       const int64_t to = int64_t(b) * p.frames + n;
@@ -261,6 +262,7 @@ struct Tokens : Block<S> {
         sum = fmaf(p.mean_gate[n], of_frame, sum);
       }
       const int copies = p.augments ? 1 : p.K;
+#pragma unroll 1
       for (int k = 0; k < copies; ++k) p.emotion_distribution[(int64_t(index) * copies + k) * p.W + w] = sum;
     }
   }
