@@ -92,5 +92,25 @@ Outputs folded_encoder_cuda(const Tensor& video_, std::optional<Tensor> triplets
 }  // namespace
 }  // namespace evc
 
+// Why the loaded kernel does not run one video of these sizes on the current device, or null; `count` as in the schema.
+extern "C" __attribute__((visibility("default"))) const char* evc_fast_folded_cuda_obstacle(const int64_t* sizes, int64_t count,
+                                                                                           int64_t frames, int dtype,
+                                                                                           int on_cpu) {
+  static thread_local std::string reason;
+  try {
+    evc::FoldedCudaArgs args = evc::sizes_of({sizes, sizes + count});
+    args.N = frames;
+    const evc::FoldedCudaKernels* kernel = evc::cuda_kernels(on_cpu != 0).folded;
+    STD_TORCH_CHECK(kernel, "evc_fast: the loaded CUDA kernels hold no folded encoder");
+    evc::CudaLaunch launch{};
+    launch.dtype = static_cast<evc::CudaDtype>(dtype);
+    launch.videos = 1;
+    return kernel->obstacle(args, launch);
+  } catch (const std::exception& error) {
+    reason = error.what();
+    return reason.c_str();
+  }
+}
+
 STABLE_TORCH_LIBRARY_IMPL(evc_fast, CUDA, m) { m.impl("folded_encoder_cuda", TORCH_BOX(&evc::folded_encoder_cuda)); }
 STABLE_TORCH_LIBRARY_IMPL(evc_fast, CPU, m) { m.impl("folded_encoder_cuda", TORCH_BOX(&evc::folded_encoder_cuda)); }

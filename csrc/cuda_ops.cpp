@@ -31,8 +31,8 @@ CurrentStream find_current_stream() {
 
 }  // namespace
 
-const CudaKernels& cuda_kernels(const Tensor& like) {
-  const CudaKernels* kernels = loaded[like.is_cpu()];
+const CudaKernels& cuda_kernels(bool on_cpu) {
+  const CudaKernels* kernels = loaded[on_cpu];
   STD_TORCH_CHECK(kernels, "evc_fast: no library of CUDA kernels for tensors of this device is loaded");
   return *kernels;
 }

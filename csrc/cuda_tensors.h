@@ -9,8 +9,8 @@
 
 namespace evc {
 
-// The library of CUDA kernels that serves tensors like this one; refuses where there is none.
-const CudaKernels& cuda_kernels(const torch::stable::Tensor& like);
+// The library of CUDA kernels that serves CUDA tensors, or the CPU's; refuses where there is none.
+const CudaKernels& cuda_kernels(bool on_cpu);
 
 // cudaStream_t of torch's current stream on that device.
 void* current_cuda_stream(int32_t device);
@@ -26,7 +26,7 @@ class CudaCall {
   const CudaKernels& kernels;
   CudaLaunch launch{};
 
-  CudaCall(const Tensor& like, int64_t videos) : kernels(cuda_kernels(like)), like_(like) {
+  CudaCall(const Tensor& like, int64_t videos) : kernels(cuda_kernels(like.is_cpu())), like_(like) {
     launch.dtype = dtype_of(like);
     launch.videos = videos;
     launch.blocks = cuda_blocks();

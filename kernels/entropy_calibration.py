@@ -223,7 +223,9 @@ def _entropy_calibration_bwd_kernel(
         tl.store(target, grad_x.to(grad_triplets.dtype.element_ty), mask=inside)
 
     real = index < K
-    mean = tl.sum(theta * grad_theta, 0)
+    # Large and nearly equal where all is certain: their differences count.
+    grad_theta -= tl.max(tl.where(real, grad_theta, float("-inf")), 0)
+    mean = tl.sum(tl.where(real, theta * grad_theta, 0.0), 0)
     grad_p = (grad_theta - mean) / sum_p_log_p * (log_p + 1) / mass
     ids = index.to(tl.int64)
     if HAS_GROUPS:

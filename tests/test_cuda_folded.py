@@ -33,8 +33,9 @@ from evc_fast.testing.encoder_cases import (
     build_encoder,
     cast_inputs,
     encoder_inputs,
+    named_outputs,
 )
-from evc_fast.testing.tolerances import FORWARD_FACTOR, error_bound, largest_error
+from evc_fast.testing.tolerances import FORWARD_FACTOR, assert_as_good_as_plain, error_bound, largest_error
 
 HERE = Path(__file__).resolve().parent
 NVCC = shutil.which("nvcc", path="/usr/local/cuda/bin") or shutil.which("nvcc")
@@ -337,6 +338,26 @@ def test_sizes_that_no_block_holds_are_refused_before_anything_runs(emulator: Em
     with pytest.raises(RuntimeError, match=r"needs \d+ bytes of shared memory for N = 5, d = 16 and N_q = 4000.*impl="):
         folded.cuda(folded.inputs(1))
     assert emulator.launches() == before
+    sizes = folded_sizes(folded.on_device, folded.options)
+    assert "needs" in _cuda.folded_obstacle(sizes, 5, folded.on_device.ffn_weight)
+    assert "no size may be 0" in _cuda.folded_obstacle([0, *sizes[1:]], 5, folded.on_device.ffn_weight)
+    fitting = Folded(build_encoder(), torch.bfloat16)
+    sizes = folded_sizes(fitting.on_device, fitting.options)
+    assert _cuda.folded_obstacle(sizes, 5, fitting.on_device.ffn_weight) == ""
+
+
+@torch.no_grad()
+def test_a_folded_module_takes_the_kernel(emulator: Emulator) -> None:
+    encoder = build_encoder().double()
+    folded = encoder.fold(dtype=torch.float32)
+    arguments = cast_inputs(encoder_inputs(encoder.config, 2, dtype=torch.float64), torch.float32)
+    before = emulator.launches()
+    found = folded(*arguments, explain=True, impl="cuda")
+    assert emulator.launches() - before == 1
+    plain = named_outputs(folded(*arguments, explain=True, impl="reference"))
+    oracle = named_outputs(encoder(*cast_inputs(arguments, torch.float64), explain=True))
+    for name, value in named_outputs(found).items():
+        assert_as_good_as_plain(value, plain[name], oracle[name], FORWARD_FACTOR, name)
 
 
 def test_a_kernel_called_below_the_contract_checks_its_memory(device: str) -> None:

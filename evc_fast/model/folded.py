@@ -24,6 +24,7 @@ from evc_fast.ops import _cuda
 from evc_fast.ops._library import EXTENSION_MISSING
 from evc_fast.ops.dispatch import CPP_DTYPES, FLOATING_DTYPES, GPU_DTYPES, Impl
 from evc_fast.ops.folded_cuda import pack_folded_encoder_cuda
+from evc_fast.ops.folded_encoder import folded_sizes
 from evc_fast.reference.folded_encoder import FoldedOptions, FoldedOutput, FoldedWeights
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class FoldedEncoder(nn.Module):
         # The buffers' state; "cpp" or "cuda", for which they are packed, or ""; what the kernel reads.
         self._packed: tuple[Stamp, str, list[Tensor]] | None = None
         self._graphs: dict[bool, GraphedCall] = {}  # by `explain`
+        self._kernel_videos = 0  # up to how many the one kernel serves on a GPU
         self._source: weakref.ref | None = None  # the encoder, which remembers how it was
         self._pack()
         self.eval()
@@ -126,7 +128,7 @@ class FoldedEncoder(nn.Module):
         inputs = video, triplets, similarity, groups
         if impl is None and torch.compiler.is_compiling():
             impl = "reference"  # its weights are inputs of the graph, or its constants: packed ones would be neither
-        if impl is None and self._graphs and len(video) > _KERNEL_VIDEOS and not _asks_gradient(inputs):
+        if impl is None and self._graphs and len(video) > self._kernel_videos and not _asks_gradient(inputs):
             output = self._graphs[explain](*inputs)
         else:
             packed = self._packed
@@ -155,8 +157,13 @@ class FoldedEncoder(nn.Module):
         elif _kernel_serves(self.ffn_weight):
             packed = "cuda", pack_folded_encoder_cuda(self._weights(), self.options)
         self._packed = stamp, *packed
+        self._kernel_videos = _KERNEL_VIDEOS if packed[0] == "cuda" and not self._kernel_obstacle() else 0
         on_gpu = self.ffn_weight.is_cuda
         self._graphs = {e: GraphedCall(functools.partial(self._plain, e)) for e in (False, True)} if on_gpu else {}
+
+    def _kernel_obstacle(self) -> str:
+        """Why no multiprocessor holds a video of these sizes (thousands of queries), or ""."""
+        return _cuda.folded_obstacle(folded_sizes(self._weights(), self.options), self.num_frames, self.ffn_weight)
 
     def _check_source(self) -> None:
         encoder = self._source() if self._source is not None else None

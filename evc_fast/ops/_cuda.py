@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,6 +13,7 @@ import torch
 from evc_fast.ops._library import EXTENSION, EXTENSION_MISSING, EXTENSION_PATH
 
 OPS = ("entropy_calibration", "emotion_attention", "routing_aggregation", "folded_encoder")
+GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of CudaDtype in csrc/cuda.h
 LIBRARY_PATH = EXTENSION_PATH.with_name("_cuda.so")
 
 _emulated = False
@@ -35,6 +39,21 @@ def unfit() -> str:
     if _emulated or EXTENSION_MISSING or not LIBRARY_PATH.exists() or not torch.cuda.is_available():
         return ""
     return _load(LIBRARY_PATH)
+
+
+def folded_obstacle(sizes: Sequence[int], num_frames: int, like: torch.Tensor) -> str:
+    """Why the folded encoder's kernel does not run videos of these sizes on the device of ``like``, or "".
+
+    sizes: of :func:`~evc_fast.ops.folded_encoder.folded_sizes`; like: one of the weights.
+    """
+    given = (ctypes.c_int64 * len(sizes))(*sizes)
+    dtype = GPU_DTYPES.index(like.dtype)
+    guard = torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext()
+    with guard:
+        reason = EXTENSION.evc_fast_folded_cuda_obstacle(
+            given, len(sizes), ctypes.c_int64(num_frames), dtype, int(not like.is_cuda)
+        )
+    return reason.decode() if reason else ""
 
 
 def devices() -> tuple[str, ...]:

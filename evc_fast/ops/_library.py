@@ -70,8 +70,8 @@ def _load_extension() -> ctypes.CDLL | str:
     except OSError as error:
         return f"the compiled library does not load with torch {torch.__version__} ({error}): pip install . rebuilds it"
     extension = ctypes.CDLL(str(EXTENSION_PATH))
-    for name in ("evc_fast_cpu_isa", "evc_fast_cpu_isas_supported", "evc_fast_load_cuda"):
-        getattr(extension, name).restype = ctypes.c_char_p
+    for name in ("cpu_isa", "cpu_isas_supported", "load_cuda", "folded_cuda_obstacle"):
+        getattr(extension, f"evc_fast_{name}").restype = ctypes.c_char_p
     extension.evc_fast_digest.restype = ctypes.c_uint64
     if not extension.evc_fast_cpu_isa():
         supported = extension.evc_fast_cpu_isas_supported().decode().replace(",", ", ")

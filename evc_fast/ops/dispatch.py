@@ -32,7 +32,7 @@ OPS = ("entropy_calibration", "factored_hidden", "emotion_attention", "routing_a
 SERVED = (*OPS, "folded_encoder")
 FLOATING_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+GPU_DTYPES = _cuda.GPU_DTYPES
 
 # Asked once, here: in torch 2.11 torch.compile cannot trace the question.
 _AUTOCAST_DEVICES = frozenset(
