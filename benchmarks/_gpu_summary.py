@@ -24,6 +24,7 @@ ORDER = (
     "training",
     "efficiency",
     "ops",
+    "compiled",
     "lora",
     "suite",
 )

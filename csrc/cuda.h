@@ -31,7 +31,7 @@ constexpr int kCudaKernelsVersion = 1;
 struct CudaKernels {
   int version;                // kCudaKernelsVersion; the rest is read only where it matches
   bool emulated;              // tests: the kernels run on the CPU, on its memory
-  const char* architectures;  // what the library was compiled for, as "80 90 90+PTX"
+  const char* architectures;  // what the library was compiled for, as "80,90,90+PTX"
   // Why the kernels cannot run on the current device and what mends it, one sentence; null where they can.
   const char* (*obstacle)();
   const char* (*error_text)(int error);

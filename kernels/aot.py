@@ -83,6 +83,7 @@ def paper_launches(dtype: torch.dtype, arch: int, batch: int = 32) -> list[commo
         factored_hidden.backward(of(b, k, n, hidden), *factors)
         emotion_attention.forward(*attention, heads, False)
         emotion_attention.forward(*attention, heads, True)
+        emotion_attention.forward(*attention, heads, False, of(b, n))
         emotion_attention.backward(tokens, *attention, tokens, heads)
         routing_aggregation.forward(tokens, tokens, logits)
         routing_aggregation.backward(of(b, 2 * n, d), of(b, 2 * d), tokens, tokens, logits)

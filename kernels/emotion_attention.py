@@ -44,19 +44,22 @@ def _emotion_attention_fwd_kernel(
     value,  # [W, D]
     gate_query,  # [B, K, N, D]
     gate_key,  # [B, N, D]
+    gate_bias,  # [B, N], or None
     context,  # [B, K, N, D], contiguous
     candidates,  # X [B, K, N, D], contiguous, or None
     word_blocks,  # at run time, as column_blocks: unrolled, the loops' addresses would take all registers
     column_blocks,
-    query_b,
-    gate_query_b,
-    gate_key_b,
-    QUERY_K: tl.constexpr,  # strides; those of B in units of ALIGN
+    gate_bias_b,
+    gate_bias_n,
+    QUERY_B: tl.constexpr,  # strides
+    QUERY_K: tl.constexpr,
     QUERY_N: tl.constexpr,
     KEY_W: tl.constexpr,
     VALUE_W: tl.constexpr,
+    GATE_QUERY_B: tl.constexpr,
     GATE_QUERY_K: tl.constexpr,
     GATE_QUERY_N: tl.constexpr,
+    GATE_KEY_B: tl.constexpr,
     GATE_KEY_N: tl.constexpr,
     SCALE: tl.constexpr,  # 1 / sqrt(HEAD)
     K: tl.constexpr,
@@ -64,7 +67,7 @@ def _emotion_attention_fwd_kernel(
     W: tl.constexpr,
     D: tl.constexpr,
     HEAD: tl.constexpr,
-    ALIGN: tl.constexpr,  # divides all strides, and D
+    ALIGN: tl.constexpr,  # divides D and the strides of query, key and value
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
     TRIPLETS: tl.constexpr,
@@ -84,9 +87,9 @@ def _emotion_attention_fwd_kernel(
     word = tl.arange(0, WORDS)
     own_rows = tile_rows(N * D, D, TILE)
     inside = tile_inside(k, n, TILE)
-    query += b * query_b * ALIGN + k * QUERY_K
-    gate_query += b * gate_query_b * ALIGN + k * GATE_QUERY_K + n * GATE_QUERY_N
-    gate_key += b * gate_key_b * ALIGN
+    query += b * QUERY_B + k * QUERY_K
+    gate_query += b * GATE_QUERY_B + k * GATE_QUERY_K + n * GATE_QUERY_N
+    gate_key += b * GATE_KEY_B
     first_token = (b * K + k) * (N * D)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -126,6 +129,9 @@ def _emotion_attention_fwd_kernel(
             gate_query, tile_rows(GATE_QUERY_K, GATE_QUERY_N, TILE), inside,
             gate_key + m * GATE_KEY_N, frame.to(tl.int64) * GATE_KEY_N, frames_inside, column_blocks, D, COLUMNS,
         )  # fmt: skip
+        if gate_bias is not None:
+            bias = tl.load(gate_bias + b * gate_bias_b + (m + frame) * gate_bias_n, mask=frames_inside, other=0.0)
+            scores += bias.to(tl.float32)[None, :]
         scores = tl.where(frames_inside[None, :], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         p = tl.exp(scores - new_top[:, None])
@@ -146,8 +152,11 @@ def forward(
     gate_key: Tensor,
     num_heads: int,
     keep_candidates: bool,
+    gate_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """context [B, K, N, d], and the candidates X [B, K, N, d] where ``keep_candidates``, else [0].
+
+    gate_bias: [B, N], added to every gate score of a frame: a folded gate has one.
 
     Raises:
         TypeError: float64.
@@ -157,7 +166,7 @@ def forward(
         common.with_adjacent_features(t) for t in (query, key, value, gate_query, gate_key)
     ]
     row = common.parameters(f"{OP}_forward", query.size(-1) // num_heads, query)
-    constants = _constants(row, tensors, query, key, value, gate_query, gate_key, num_heads)
+    constants = _constants(row, tensors[:3], query, key, value, gate_query, gate_key, num_heads)
     batch, count, frames, width = query.shape
     context = query.new_empty(query.shape)
     candidates = query.new_empty(query.shape if keep_candidates else 0)
@@ -165,11 +174,12 @@ def forward(
         _emotion_attention_fwd_kernel,
         (batch * triton.cdiv(count, constants["TRIPLETS"]), num_heads, triton.cdiv(frames, constants["FRAMES"])),
         *tensors,
+        gate_bias,
         context,
         candidates if keep_candidates else None,
         triton.cdiv(key.size(0), constants["WORDS"]),
         triton.cdiv(width, constants["COLUMNS"]),
-        *(t.stride(0) // constants["ALIGN"] for t in (query, gate_query, gate_key)),
+        *(gate_bias.stride() if gate_bias is not None else (0, 0)),
         num_warps=row.warps,
         num_stages=row.stages,
         **constants,
@@ -220,7 +230,7 @@ def backward(
         triton.cdiv(key.size(0), constants["WORDS"]),
         triton.cdiv(width, constants["COLUMNS"]),
         triton.cdiv(constants["MAIN"] + constants["TAIL"], constants["COLUMNS"]),
-        *(t.stride(0) // constants["ALIGN"] for t in (grad_context, query, gate_query, gate_key)),
+        GRAD_B=grad_context.stride(0),
         GRAD_K=grad_context.stride(1),
         GRAD_N=grad_context.stride(2),
         STREAMED=bool(row.blocks["STREAMED"]) or constants["TRIPLETS"] * constants["FRAMES"] < 64,
@@ -247,7 +257,7 @@ def backward(
 
 def _constants(
     row: common.Row,
-    tensors: list[Tensor],
+    by_head: list[Tensor],  # what is read a head at a time
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -259,16 +269,19 @@ def _constants(
     common.check_dtype(OP, "query", query)
     _, count, frames, width = query.shape
     head = width // num_heads
-    align = math.gcd(common.stride_unit(*tensors), width, 16 // query.element_size())
+    align = math.gcd(common.stride_unit(*by_head), width, 16 // query.element_size())
     main, tail = padded(head + max(head * h % align for h in range(num_heads)))
     tile_frames = min(max(common.power_of_two(frames), 16), row.blocks["ROWS"])
     return {
+        "QUERY_B": query.stride(0),
         "QUERY_K": query.stride(1),
         "QUERY_N": query.stride(2),
         "KEY_W": key.stride(0),
         "VALUE_W": value.stride(0),
+        "GATE_QUERY_B": gate_query.stride(0),
         "GATE_QUERY_K": gate_query.stride(1),
         "GATE_QUERY_N": gate_query.stride(2),
+        "GATE_KEY_B": gate_key.stride(0),
         "GATE_KEY_N": gate_key.stride(1),
         "SCALE": head**-0.5,
         "K": count,

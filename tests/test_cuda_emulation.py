@@ -33,7 +33,8 @@ class Primitives:
     def __init__(self, library: Path, device: str):
         self.device = device
         self.functions = ctypes.CDLL(str(library))
-        self.functions.test_error.restype = ctypes.c_char_p if device == "cpu" else None
+        if device == "cpu":
+            self.functions.test_error.restype = ctypes.c_char_p
 
     def call(self, name: str, *arguments: Tensor | int | bool) -> int:
         given = [
@@ -71,19 +72,17 @@ def primitives(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return Primitives(library, "cuda")
 
 
-@pytest.mark.parametrize("across", [False, True])
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-def test_matrix_instructions_are_plain_products(primitives: Primitives, dtype: torch.dtype, across: bool) -> None:
+def test_matrix_instructions_are_plain_products(primitives: Primitives, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(16, 16, generator=generator).to(primitives.device, dtype)
     b = torch.randn(8, 16, generator=generator).to(primitives.device, dtype)
     c = torch.full((16, 8), torch.nan, device=primitives.device)
-    given = b.T.contiguous() if across else b
-    assert primitives.call("test_product", LOW[dtype], a, given, c, across) == 0
+    assert primitives.call("test_product", LOW[dtype], a, b, c) == 0
     torch.testing.assert_close(c.double(), a.double() @ b.double().T, rtol=0, atol=1e-5)
     one = torch.zeros(16, 16).to(primitives.device, dtype)
     one[3, 5] = 1  # which element meets which
-    assert primitives.call("test_product", LOW[dtype], one, given, c, across) == 0
+    assert primitives.call("test_product", LOW[dtype], one, b, c) == 0
     assert torch.equal(c[3], b[:, 5].float())
     assert c.count_nonzero() == 8
 

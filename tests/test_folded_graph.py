@@ -40,7 +40,8 @@ def calls(monkeypatch):
                     kept.copy_(now)
 
     @contextlib.contextmanager
-    def capture(graph):
+    def capture(graph, capture_error_mode):
+        assert capture_error_mode == "thread_local"
         yield
         captured = next(c for c in made if c._graph is graph)
         graph.outputs, graph.call = captured._outputs, lambda: call(*captured._inputs)
@@ -63,6 +64,8 @@ def test_replays_read_the_inputs_given_and_results_are_the_callers_own(calls, mo
     call, _, made = calls
     with mode():
         x, y = torch.randn(3, 2), torch.randn(3, 2)
+        assert torch.equal(call(x, y)[0], x * 2 + y)
+        assert made == []
         first, nothing = call(x, y)
         second, _ = call(y, x)
     with torch.no_grad():
@@ -74,18 +77,33 @@ def test_replays_read_the_inputs_given_and_results_are_the_callers_own(calls, mo
     assert len(made) == 1
 
 
-def test_every_shape_and_type_has_a_graph_and_the_oldest_goes(calls):
+def test_every_shape_and_type_that_comes_again_has_a_graph_and_the_oldest_goes(calls):
     call, seen, made = calls
+
+    def twice(*given):
+        for _ in range(2):
+            call(*given)
+
     for rows in (1, 2, 3, 4):
-        call(torch.zeros(rows, 2), None)
+        twice(torch.zeros(rows, 2), None)
     call(torch.zeros(1, 2), None)
     assert len(made) == 4
-    call(torch.zeros(1, 2), torch.zeros(1, 2))  # in the place of 2 rows, the longest unused
+    twice(torch.zeros(1, 2), torch.zeros(1, 2))  # in the place of 2 rows, the longest unused
     call(torch.zeros(1, 2), None)
-    call(torch.zeros(2, 2), None)
-    call(torch.zeros(2, 2, dtype=torch.float64), None)
+    assert len(made) == 5
+    call(torch.zeros(2, 2), None)  # it came before: captured anew
+    twice(torch.zeros(2, 2, dtype=torch.float64), None)
     assert len(made) == 7
     assert set(seen) == {1, 2, 3, 4}
+
+
+def test_sizes_that_never_come_again_are_not_captured(calls):
+    call, seen, made = calls
+    for _ in range(2):
+        for rows in range(1, 100):
+            call(torch.zeros(rows, 2), None)
+    assert made == []
+    assert len(seen) == 2 * 99
 
 
 def test_within_the_callers_own_capture_nothing_is_captured(calls, monkeypatch):

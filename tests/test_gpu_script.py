@@ -80,11 +80,22 @@ def test_the_whole_script(tmp_path):
     """Every part but the build, which the packaging tests make."""
     done = run_script(str(tmp_path / "out"), "--installed", "--cpu", "--seconds", "560")
     assert done.returncode == 0, done.stdout + done.stderr
-    parts = ["ceilings", "tests", "memcheck", "racecheck", "encoder", "training", "efficiency", "ops", "lora"]
+    parts = [
+        "ceilings",
+        "tests",
+        "memcheck",
+        "racecheck",
+        "encoder",
+        "training",
+        "efficiency",
+        "ops",
+        "compiled",
+        "lora",
+    ]
     for part in parts:
         assert f"| {part} | ok |" in done.stdout
     found = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert list(found) == ["ceilings", "encoder", "training", "efficiency", "ops", "lora"]
+    assert list(found) == ["ceilings", "encoder", "training", "efficiency", "ops", "compiled", "lora"]
     for text in ("G2, B = 1, bfloat16, in a CUDA graph:", "G3, B = 256", "G4, B = 32, dropout 0.1, ours"):
         assert text in done.stdout
     assert sum(path.stat().st_size for path in (tmp_path / "out").iterdir()) < 16 * 2**20
@@ -147,13 +158,18 @@ def test_wrong_arguments_are_refused(arguments, tmp_path):
 SANITIZERS = {
     "absent": ("", "not measured", "needs compute-sanitizer"),
     "refused": ("echo 'Error: Device not supported'; exit 1", "not measured", "does not support this device"),
-    "clean": ('echo "$@"; echo "ERROR SUMMARY: 0 errors"', "ok", "ERROR SUMMARY: 0 errors"),
+    "clean": (
+        'case "$*" in *canary*) echo "Invalid __global__ write";; esac; echo "$@"; echo "ERROR SUMMARY: 0 errors"',
+        "ok",
+        "ERROR SUMMARY: 0 errors",
+    ),
+    "blind": ('echo "$@"; echo "ERROR SUMMARY: 0 errors"', "ok", "ERROR SUMMARY: 0 errors"),
     "found": ('echo "ERROR SUMMARY: 2 errors"; exit 9', "failed", "exit code 9; last: ERROR SUMMARY: 2 errors"),
 }
 
 
 @pytest.mark.parametrize(("script", "status", "note"), SANITIZERS.values(), ids=SANITIZERS)
-def test_the_sanitizers_answer(script, status, note, tmp_path):
+def test_the_sanitizers_answer(script, status, note, tmp_path, request):
     """The part as on a GPU machine, with a tool of ours in the sanitizer's place, or none."""
     tools = tmp_path / "tools"
     tools.mkdir()
@@ -163,13 +179,17 @@ def test_the_sanitizers_answer(script, status, note, tmp_path):
     if script:
         (tools / "compute-sanitizer").write_text(f"#!/bin/sh\n{script}\n")
         (tools / "compute-sanitizer").chmod(0o755)
+    (tools / "nvcc").write_text("#!/bin/sh\nexit 0\n")
+    (tools / "nvcc").chmod(0o755)
     done = run_script(str(tmp_path / "out"), "--installed", "--only", "racecheck", PATH=path)
     assert done.returncode == (status == "failed"), done.stdout + done.stderr
     assert re.search(rf"\| racecheck \| {status} \| \d+ \| .*{note}", done.stdout)
     if status == "ok":
         with tarfile.open(tmp_path / "out" / "logs.tar.gz") as logs:
             log = logs.extractfile("logs/racecheck.txt").read().decode()
-        assert "--tool racecheck --error-exitcode 9 --print-limit 20 --kernel-name kns=evc" in log
+        watched = " --kernel-name kns=evc" if request.node.callspec.id == "clean" else ""
+        assert f"--tool racecheck --error-exitcode 9 --print-limit 20{watched} {sys.executable} " in log
+        assert ("every kernel is watched" in log) == (not watched)
         assert "benchmarks/every_kernel.py --device cuda" in log
 
 

@@ -44,3 +44,9 @@ def test_what_is_graphed_is_the_encoder_and_its_parameters(options, monkeypatch)
         assert torch.equal(output.emotion_logits, wanted.emotion_logits)
     output.tokens.sum().backward()
     assert encoder.ffn[0].weight.grad.abs().sum() > 0
+    with pytest.raises(RuntimeError, match=r"holds gradients of an earlier step.*zero_grad\(set_to_none=True\)"):
+        call(*inputs)
+    with torch.no_grad():
+        assert torch.equal(call(*inputs).tokens, wanted.tokens)
+    encoder.zero_grad()
+    assert torch.equal(call(*inputs).tokens, wanted.tokens)

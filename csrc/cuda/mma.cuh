@@ -1,5 +1,5 @@
-// Tensor cores: one warp's product C [16, 8] += A [16, 16] B [16, 8] of 16-bit operands in float, and the loads of its
-// operands from shared memory. Where the code is not compiled for a GPU, a plain twin on the same registers.
+// Tensor cores: one warp's product C [16, 8] += A [16, 16] B [16, 8] of 16-bit operands in float. Where the
+// code is not compiled for a GPU, a plain twin on the same registers.
 //
 // Registers of a lane, with g = lane / 4 and t = lane % 4, two neighbours of the depth in each (the lower one in the low
 // half): a[0], a[1]: rows g, g + 8 at depth 2t; a[2], a[3]: the same rows at depth 2t + 8.
@@ -37,34 +37,6 @@ __device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t
       sum += element(lanes[row * 4 + holder].a[half * 2 + i / 2], k) * element(lanes[column * 4 + holder].b[half], k);
     }
     c[i] += sum;
-  }
-#endif
-}
-
-// Four 8 x 8 matrices of 16-bit elements from shared memory. Lane l gives the 16-byte aligned address of row l % 8 of
-// matrix l / 8, and gets of each matrix its row g, columns 2t and 2t + 1; `transposed`: its column g, rows 2t and 2t + 1.
-template <bool transposed>
-__device__ inline void load_matrices(uint32_t (&to)[4], const void* row) {
-#ifdef __CUDA_ARCH__
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
-  if constexpr (transposed)
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(address)
-                 : "memory");
-  else
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(address)
-                 : "memory");
-#elif defined(EVC_EMULATION)
-  const auto* rows = evc_emulation::exchange("ldmatrix", static_cast<const uint16_t*>(row));
-  const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-  for (int m = 0; m < 4; ++m) {
-    const uint16_t* const* matrix = rows + m * 8;
-    const uint32_t low = transposed ? matrix[2 * t][g] : matrix[g][2 * t];
-    const uint32_t high = transposed ? matrix[2 * t + 1][g] : matrix[g][2 * t + 1];
-    to[m] = low | high << 16;
   }
 #endif
 }

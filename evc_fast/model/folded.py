@@ -20,11 +20,12 @@ from evc_fast.model.folded_graph import GraphedCall
 from evc_fast.model.inputs import check_inputs
 from evc_fast.model.output import EncoderOutput, Explanation
 from evc_fast.model.stamp import Stamp
-from evc_fast.ops import _cuda
+from evc_fast.ops import _cuda, dispatch
+from evc_fast.ops._contract import without_autocast
 from evc_fast.ops._library import EXTENSION_MISSING
 from evc_fast.ops.dispatch import CPP_DTYPES, FLOATING_DTYPES, GPU_DTYPES, Impl
 from evc_fast.ops.folded_cuda import pack_folded_encoder_cuda
-from evc_fast.ops.folded_encoder import folded_sizes
+from evc_fast.ops.folded_encoder import align_folded_encoder, folded_sizes
 from evc_fast.reference.folded_encoder import FoldedOptions, FoldedOutput, FoldedWeights
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ class FoldedEncoder(nn.Module):
 
     Its buffers are products of the encoder's weights (:class:`~evc_fast.reference.folded_encoder.FoldedWeights`).
     A compiled or exported graph of it holds the plain PyTorch form, and no longer asks whether the encoder has changed.
-    On a GPU, few videos run in one kernel, many as plain PyTorch in a CUDA graph, captured at the first call of a size.
+    On a GPU, few videos run in one kernel, many as the library's products and Triton's fused ops in a CUDA graph,
+    captured when a size comes again.
 
     Args:
         weights: made by :func:`fold_weights`.
@@ -98,8 +100,9 @@ class FoldedEncoder(nn.Module):
         Features of bfloat16 and float16 modules may be float32 too.
 
         Args:
-            impl: "reference" is plain PyTorch, differentiable in the features; "cpp", and "cuda" on a GPU, one compiled
-                call without gradients; None takes what is fastest where it serves and no gradient is asked for.
+            impl: "reference" is plain PyTorch, differentiable in the features; without gradients "cpp", and "cuda" on a
+                GPU, is one compiled call, and "triton" the library's products and the fused ops; None takes what is
+                fastest where it serves and no gradient is asked for.
 
         Raises:
             TypeError, ValueError: an argument is missing, superfluous, or of the wrong type, shape or device;
@@ -142,8 +145,11 @@ class FoldedEncoder(nn.Module):
             )
         return EncoderOutput(*output[:2], Explanation(*output[2:]) if explain else None)
 
-    def _plain(self, explain: bool, *inputs: Tensor | None) -> FoldedOutput:
-        return ops.folded_encoder(*inputs, self._weights(), self.options, explain=explain, impl="reference")
+    def _by_products(self, aligned: list[Tensor], explain: bool, *inputs: Tensor | None) -> FoldedOutput:
+        """The library's products, and between them the fused ops."""
+        weights = self._weights()
+        with without_autocast(self.ffn_weight):
+            return ops.folded_encoder(*inputs, weights, self.options, packed=aligned, explain=explain, impl="triton")
 
     def _weights(self) -> FoldedWeights:
         return FoldedWeights(*map(self._buffers.__getitem__, FoldedWeights._fields))
@@ -158,8 +164,10 @@ class FoldedEncoder(nn.Module):
             packed = "cuda", pack_folded_encoder_cuda(self._weights(), self.options)
         self._packed = stamp, *packed
         self._kernel_videos = _KERNEL_VIDEOS if packed[0] == "cuda" and not self._kernel_obstacle() else 0
-        on_gpu = self.ffn_weight.is_cuda
-        self._graphs = {e: GraphedCall(functools.partial(self._plain, e)) for e in (False, True)} if on_gpu else {}
+        self._graphs = {}
+        if _triton_serves(self.ffn_weight):
+            aligned = align_folded_encoder(self._weights(), self.options)
+            self._graphs = {e: GraphedCall(functools.partial(self._by_products, aligned, e)) for e in (False, True)}
 
     def _kernel_obstacle(self) -> str:
         """Why no multiprocessor holds a video of these sizes (thousands of queries), or ""."""
@@ -347,6 +355,11 @@ def _compiled_serves(weight: Tensor) -> bool:
 
 def _kernel_serves(weight: Tensor) -> bool:
     return weight.is_cuda and weight.dtype in GPU_DTYPES and not _cuda.missing()
+
+
+def _triton_serves(weight: Tensor) -> bool:
+    (triton,) = (each for each in dispatch.implementations("folded_encoder") if each.name == "triton")
+    return weight.is_cuda and not triton.obstacle(weight)
 
 
 def _asks_gradient(inputs: Sequence[Tensor | None]) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 Outputs = tuple[Tensor | None, ...]
 
 _KEPT = 4  # graphs: each holds its inputs, its outputs and what stands between them
+_REMEMBERED = 64  # sizes that came once, and are captured if they come again
 _WARM_UPS = 2  # the library chooses its algorithms and takes its workspace before anything is captured
 
 
@@ -29,10 +30,15 @@ class _Captured:
             for _ in range(_WARM_UPS):
                 call(*self._inputs)
         torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(self._graph):
+        # Other threads may allocate meanwhile, as a loader that pins memory does: "global" would refuse it to them.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._outputs = call(*self._inputs)
         self._done = torch.cuda.Event()
         self._done.record()
+
+    def wait(self) -> None:
+        """Until no replay reads or writes this memory, on whatever stream it was called."""
+        self._done.synchronize()
 
     def __call__(self, inputs: Sequence[Tensor | None]) -> Outputs:
         torch.cuda.current_stream().wait_event(self._done)  # a call on another stream still reads these buffers
@@ -46,14 +52,16 @@ class _Captured:
 
 
 class GraphedCall:
-    """``call(*inputs)`` on a GPU through a CUDA graph, captured the first time that inputs have these shapes and types.
+    """``call(*inputs)`` on a GPU through a CUDA graph, captured when inputs have the same shapes and types again.
 
-    What ``call`` reads beside its inputs must keep its address. The results are the caller's own. Threads take turns.
+    A capture costs many calls, and a size that never comes again would not repay it. What ``call`` reads beside its
+    inputs must keep its address. The results are the caller's own. Threads take turns.
     """
 
     def __init__(self, call: Callable[..., Outputs]) -> None:
         self._call = call
         self._captured: OrderedDict[tuple, _Captured] = OrderedDict()
+        self._seen: OrderedDict[tuple, None] = OrderedDict()
         self._lock = threading.Lock()
 
     def __call__(self, *inputs: Tensor | None) -> Outputs:
@@ -62,8 +70,18 @@ class GraphedCall:
         key = tuple(None if x is None else (x.shape, x.dtype) for x in inputs)
         with self._lock, torch.cuda.device(inputs[0].device):
             if key not in self._captured:
+                if self._is_new(key):
+                    return self._call(*inputs)
                 if len(self._captured) == _KEPT:
-                    self._captured.popitem(last=False)
+                    self._captured.popitem(last=False)[1].wait()
                 self._captured[key] = _Captured(self._call, inputs)
             self._captured.move_to_end(key)
             return self._captured[key](inputs)
+
+    def _is_new(self, key: tuple) -> bool:
+        new = key not in self._seen
+        self._seen[key] = None
+        self._seen.move_to_end(key)
+        if len(self._seen) > _REMEMBERED:
+            self._seen.popitem(last=False)
+        return new

@@ -43,7 +43,9 @@ def graph_training(encoder: FaceNetEncoder, *features: Tensor) -> Callable[..., 
 
     Returns:
         A callable of the same features; results as of :class:`FaceNetEncoder`, without explanation. A call's outputs
-        and gradients stand in memory that the next call overwrites.
+        and gradients stand in memory that the next call overwrites: one backward pass a call, and gradients set to None
+        (``zero_grad()``'s default) before the next. A call that finds gradients raises RuntimeError; accumulate over
+        several batches without a graph.
 
     Raises:
         ValueError: ``encoder`` is in evaluation mode (fold it: a fold needs no graph of its own), or not on a GPU.
@@ -56,6 +58,11 @@ def graph_training(encoder: FaceNetEncoder, *features: Tensor) -> Callable[..., 
     replay = torch.cuda.make_graphed_callables(_Tensors(encoder), features, allow_unused_input=True)
 
     def call(*features: Tensor) -> EncoderOutput:
+        if torch.is_grad_enabled() and any(p.grad is not None for p in encoder.parameters()):
+            raise RuntimeError(
+                "graph_training: the encoder holds gradients of an earlier step, which a replay overwrites: call "
+                "zero_grad(set_to_none=True) first; to accumulate gradients call the encoder itself"
+            )
         tokens, *logits = replay(*features)
         return EncoderOutput(tokens, logits[0] if logits else None, None)
 

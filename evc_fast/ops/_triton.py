@@ -42,7 +42,9 @@ def unfit() -> str:
     return ""
 
 
-def _launcher(op: str, direction: str) -> Callable:
+def launcher(op: str, direction: str) -> Callable:
+    """``forward`` or ``backward`` of an op's module in evc_fast.kernels, which is imported at the first call."""
+
     def launch(*arguments: Any) -> Any:
         return getattr(importlib.import_module(f"evc_fast.kernels.{op}"), direction)(*arguments)
 
@@ -52,4 +54,4 @@ def _launcher(op: str, direction: str) -> Callable:
 for _op in OPS:
     for _direction in ("forward", "backward"):
         for _device in DEVICES:
-            LIBRARY.impl(f"{_op}_{_direction}", _launcher(_op, _direction), _device.upper())
+            LIBRARY.impl(f"{_op}_{_direction}", launcher(_op, _direction), _device.upper())

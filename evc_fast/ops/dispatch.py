@@ -109,8 +109,9 @@ def implementations(op: str) -> tuple[Implementation, ...]:
     found = [Implementation("cpp", lambda: EXTENSION_MISSING, ("cpu",), CPP_DTYPES, gradients=op in OPS)]
     if op in _cuda.OPS:
         found.append(Implementation("cuda", _cuda_missing, _cuda.devices(), GPU_DTYPES, False, _cuda_unfit))
-    if op in _triton.OPS:
-        found.append(Implementation("triton", _triton_missing, _triton.DEVICES, GPU_DTYPES, unfit=_triton_unfit))
+    if op in (*_triton.OPS, "folded_encoder"):
+        trains = op in OPS
+        found.append(Implementation("triton", _triton_missing, _triton.DEVICES, GPU_DTYPES, trains, _triton_unfit))
     return *found, Implementation("reference", str, ("any",), FLOATING_DTYPES)
 
 

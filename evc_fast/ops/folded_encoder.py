@@ -9,16 +9,26 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from evc_fast.ops import dispatch
+from evc_fast.ops import _triton, dispatch
 from evc_fast.ops._contract import check_arguments
 from evc_fast.ops._library import LIBRARY, NAMESPACE
+from evc_fast.ops.entropy_calibration import entropy_calibration
+from evc_fast.ops.factored_hidden import factored_hidden
 from evc_fast.ops.folded_cuda import pack_folded_encoder_cuda
 from evc_fast.ops.packed_linear import pack_weight
+from evc_fast.ops.routing_aggregation import routing_aggregation
 from evc_fast.reference._dtypes import accumulate_dtype
-from evc_fast.reference.folded_encoder import FoldedOptions, FoldedOutput, FoldedWeights, visual_sections
+from evc_fast.reference.folded_encoder import (
+    FoldedOptions,
+    FoldedOutput,
+    FoldedParts,
+    FoldedWeights,
+    visual_sections,
+)
 from evc_fast.reference.folded_encoder import folded_encoder as reference
 
 _LINE = 64  # bytes of a cache line
+_ALIGNED = 8  # elements: 16 bytes of a 16-bit type
 _PAD = 32  # kFoldedPad of csrc/ops.h: the columns of every section, whatever the instruction set
 
 
@@ -43,11 +53,12 @@ def folded_encoder(
         groups: int64 [B, K]; read with ``merge_identical_triplets`` only.
         weights, options: of :func:`evc_fast.model.folded.fold_weights`; all weights of one type and device.
         packed: what :func:`pack_folded_encoder` made of them, or
-            :func:`~evc_fast.ops.folded_cuda.pack_folded_encoder_cuda` on a GPU; None packs anew, at many times the cost
-            of a call.
+            :func:`~evc_fast.ops.folded_cuda.pack_folded_encoder_cuda` on a GPU, or :func:`align_folded_encoder` for
+            "triton"; None packs anew, at many times the cost of a call.
         explain: also return what explains the caption.
-        impl: "reference" (plain PyTorch, differentiable in the features), "cpp" or "cuda" (no gradients), or None: the
-            fastest one that serves the tensors.
+        impl: "reference" (plain PyTorch, differentiable in the features); without gradients "cpp", "cuda" (one kernel,
+            for few videos), or "triton" (the library's products and the fused ops, for many); or None: the first of
+            them that serves the tensors.
 
     Returns:
         :class:`~evc_fast.reference.folded_encoder.FoldedOutput`.
@@ -71,12 +82,60 @@ def folded_encoder(
     return run(video, triplets, similarity, groups, weights, options, packed, explain)
 
 
-def _reference(video, triplets, similarity, groups, weights, options, packed, explain) -> FoldedOutput:
+def _reference(
+    video,
+    triplets,
+    similarity,
+    groups,
+    weights,
+    options,
+    packed,
+    explain,
+    parts=FoldedParts(),  # noqa: B008
+) -> FoldedOutput:
     dtype = weights.ffn_weight.dtype
     video = video.to(dtype)
     if options.retrieval:
         triplets, similarity = triplets.to(dtype), similarity.to(accumulate_dtype(video))
-    return reference(video, triplets, similarity, groups, weights, options, explain=explain)
+    return reference(video, triplets, similarity, groups, weights, options, explain=explain, parts=parts)
+
+
+def _biased_emotion_attention(query, key, value, gate_query, gate_key, num_heads, gate_bias) -> Tensor:
+    forward = _triton.launcher("emotion_attention", "forward")
+    return forward(query, key, value, gate_query, gate_key, num_heads, False, gate_bias)[0]
+
+
+@torch.no_grad()
+def align_folded_encoder(weights: FoldedWeights, options: FoldedOptions) -> list[Tensor]:
+    """``visual_weight`` and ``visual_bias`` with every section padded, so that each product's rows begin aligned.
+
+    gate_bias is one column: without padding it shifts what follows and makes the rows' stride odd, and the fused ops
+    would load one element at a time.
+    """
+    widths = list(visual_sections(weights, options).values())
+    parts = zip(weights.visual_weight.split(widths), weights.visual_bias.split(widths), strict=True)
+    padded = [(F.pad(w, (0, 0, 0, -len(w) % _ALIGNED)), F.pad(b, (0, -len(b) % _ALIGNED))) for w, b in parts]
+    return [torch.cat(each) for each in zip(*padded, strict=True)]
+
+
+def _aligned_products(packed: list[Tensor], visual: Tensor, w: FoldedWeights, o: FoldedOptions) -> dict[str, Tensor]:
+    sections = visual_sections(w, o)
+    products = F.linear(visual, *packed).split([width + -width % _ALIGNED for width in sections.values()], -1)
+    named = zip(sections.items(), products, strict=True)
+    return {name: product[..., :width] for (name, width), product in named}
+
+
+@torch.no_grad()
+def _triton_parts(video, triplets, similarity, groups, weights, options, packed, explain) -> FoldedOutput:
+    packed = align_folded_encoder(weights, options) if packed is None else packed
+    parts = FoldedParts(
+        functools.partial(_aligned_products, packed),
+        functools.partial(entropy_calibration, impl="triton"),
+        functools.partial(factored_hidden, impl="triton"),
+        _biased_emotion_attention,
+        functools.partial(routing_aggregation, impl="triton"),
+    )
+    return _reference(video, triplets, similarity, groups, weights, options, None, explain, parts)
 
 
 def _compiled(video, triplets, similarity, groups, weights, options, packed, explain) -> FoldedOutput:
@@ -123,7 +182,7 @@ def _call(op, video, triplets, similarity, groups, weights, options, packed, exp
     )
 
 
-_CALLABLES = {"cpp": _compiled, "cuda": _cuda, "reference": _reference}
+_CALLABLES = {"cpp": _compiled, "cuda": _cuda, "triton": _triton_parts, "reference": _reference}
 
 
 def _flags(options: FoldedOptions, projected: bool) -> list[int]:

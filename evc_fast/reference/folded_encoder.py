@@ -14,6 +14,7 @@ With fixed weights the same function costs less than half. What :class:`FoldedWe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from evc_fast.reference.emotion_attention import emotion_attention, emotion_distribution
 from evc_fast.reference.entropy_calibration import entropy_calibration
+from evc_fast.reference.factored_hidden import factored_hidden
 from evc_fast.reference.routing_aggregation import routing_aggregation
 
 
@@ -124,6 +126,23 @@ class FoldedOutput(NamedTuple):
     emotion_gate: Tensor | None = None  # [B, d], the type of the weights
 
 
+def visual_products(visual: Tensor, w: FoldedWeights, o: FoldedOptions) -> dict[str, Tensor]:
+    """All products of V [B, N, d] by name, each [B, N, width] of :func:`visual_sections`."""
+    sections = visual_sections(w, o)
+    products = F.linear(visual, w.visual_weight, w.visual_bias).split(list(sections.values()), -1)
+    return dict(zip(sections, products, strict=True))
+
+
+class FoldedParts(NamedTuple):
+    """The functions within that have other forms, each with the arguments and results of its reference."""
+
+    visual_products: Callable[..., dict[str, Tensor]] = visual_products
+    entropy_calibration: Callable[..., tuple[Tensor, Tensor, Tensor]] = entropy_calibration
+    factored_hidden: Callable[..., Tensor] = factored_hidden
+    emotion_attention: Callable[..., Tensor] = emotion_attention
+    routing_aggregation: Callable[..., tuple[Tensor, Tensor, Tensor]] = routing_aggregation
+
+
 def folded_encoder(
     video: Tensor,
     triplets: Tensor | None,
@@ -133,15 +152,14 @@ def folded_encoder(
     options: FoldedOptions,
     *,
     explain: bool = False,
+    parts: FoldedParts = FoldedParts(),  # noqa: B008  (immutable)
 ) -> FoldedOutput:
-    """Reference of :func:`evc_fast.ops.folded_encoder`, which states the contract."""
+    """Reference of :func:`evc_fast.ops.folded_encoder`, which states the contract; with other ``parts`` it is fused."""
     w, o = weights, options
     d, heads = w.ffn_weight.shape[0], o.num_heads
     batch, frames, _ = video.shape
     visual = video if w.video_weight is None else F.linear(video, w.video_weight, w.video_bias)  # V
-    sections = visual_sections(w, o)
-    parts = F.linear(visual, w.visual_weight, w.visual_bias).split(list(sections.values()), -1)
-    of_v = dict(zip(sections, parts, strict=True))
+    of_v = parts.visual_products(visual, w, o)
     # Without emotions the routed and pooled ones are never read.
     residual, context, distribution = visual, video.new_zeros(()).expand(batch, 1, frames, d), None
     if o.emotion_augmentation:
@@ -150,18 +168,19 @@ def folded_encoder(
         def augment(query: Tensor, facts: Tensor) -> tuple[Tensor, Tensor | None]:  # (19)-(21), before W_o and phi_E
             key = query, w.key, facts, *gate
             shown = emotion_distribution(*key) if explain else None
-            return emotion_attention(query, w.key, w.value, facts, *gate), shown
+            return parts.emotion_attention(query, w.key, w.value, facts, *gate), shown
 
     if o.emotion_first:
         context, distribution = augment(of_v["emotion_query"].unsqueeze(1), visual.unsqueeze(1))
         emotions = F.linear(context.squeeze(1), w.emotion_weight, w.emotion_bias)
         residual = emotions[..., :d]  # E in place of V
 
-    hidden = of_v["hidden"].unsqueeze(1)  # [B, 1, N, F]
+    if not o.retrieval:
+        hidden = F.gelu(of_v["hidden"]).unsqueeze(1)  # [B, 1, N, F]
     logits = video.new_zeros(()).expand(batch, frames, o.num_groups)
     component_weights = triplet_weights = None
     if o.retrieval:
-        calibrated, component_weights, triplet_weights = entropy_calibration(  # (10)-(16)
+        calibrated, component_weights, triplet_weights = parts.entropy_calibration(  # (10)-(16)
             triplets,
             similarity,
             groups if o.merge_identical_triplets else None,
@@ -169,22 +188,23 @@ def folded_encoder(
             cross_refine=o.cross_refine,
         )
         query = emotions[..., d:] if o.emotion_first else of_v["query"]
-        of_h = _hidden_of_triplets(query, calibrated.to(video.dtype), w, heads)
+        attention, of_values = _factors_of_triplets(query, calibrated.to(video.dtype), w, heads)
         width = w.ffn_weight.shape[1]
-        hidden = hidden + of_h[..., :width]
+        hidden = parts.factored_hidden(attention, of_values[..., :width], of_v["hidden"])  # [B, K, N, F]
         if o.has_router:  # (26): each triplet's H through its own block of W_g
-            blocks = [of_h[:, k, :, width + k * o.num_groups :][..., : o.num_groups] for k in range(o.num_groups)]
+            of_h = attention @ of_values[..., width:]  # [B, K, N, K K]
+            blocks = [of_h[:, k, :, k * o.num_groups :][..., : o.num_groups] for k in range(o.num_groups)]
             logits = torch.stack(blocks).sum(0) + w.router_bias
             if o.video_router:
                 logits = logits.mean(1, keepdim=True).expand_as(logits)
-    update = F.linear(F.gelu(hidden), w.ffn_weight, w.ffn_bias)
+    update = F.linear(hidden, w.ffn_weight, w.ffn_bias)
     facts = F.layer_norm(update + residual.unsqueeze(1), (d,), w.norm_weight, w.norm_bias, o.norm_eps)  # (18)
     if o.emotion_augmentation and not o.emotion_first:
         context, distribution = augment(F.linear(facts, w.emotion_query_weight, w.emotion_query_bias), facts)
 
-    routed, pooled, routing_weights = routing_aggregation(
+    routed, pooled, routing_weights = parts.routing_aggregation(  # (22)-(23), (26)-(27)
         facts, context.expand_as(facts), logits
-    )  # (22)-(23), (26)-(27)
+    )
     routed_facts, routed_context = routed[:, :frames], routed[:, frames:]
     gates = torch.ones_like(pooled)
     if o.bias_adjustment:  # (24), (25)
@@ -211,13 +231,15 @@ def folded_encoder(
     return FoldedOutput(tokens, emotion_logits, *shown)
 
 
-def _hidden_of_triplets(query: Tensor, calibrated: Tensor, w: FoldedWeights, heads: int) -> Tensor:
-    """query [B, N, d], scaled; calibrated [B, K, 3, D_t] -> H through the FFN and the router [B, K, N, F + K K]."""
+def _factors_of_triplets(query: Tensor, calibrated: Tensor, w: FoldedWeights, heads: int) -> tuple[Tensor, Tensor]:
+    """H through the FFN and the router, [B, K, N, F + K K], as two factors.
+
+    query: [B, N, d], scaled; calibrated: [B, K, 3, D_t]. Returns P of (17) [B, K, N, h 3] and [B, K, h 3, F + K K].
+    """
     batch, k, components, _ = calibrated.shape
     keys, values = F.linear(calibrated, w.triplet_weight).unflatten(-1, (2, heads, -1)).unbind(-3)  # [B, K, 3, h, d/h]
     q = query.unflatten(-1, (heads, -1)).transpose(1, 2).unsqueeze(1)  # [B, 1, h, N, d/h]
     attention = (q @ keys.permute(0, 1, 3, 4, 2)).softmax(-1)  # P of (17) [B, K, h, N, 3]
     rows = values.permute(3, 0, 1, 2, 4).reshape(heads, batch * k * components, values.shape[-1])
     of_values = (rows @ w.hidden_weight).unflatten(1, (batch, k, components))  # [h, B, K, 3, F + K K]
-    of_values = of_values.permute(1, 2, 0, 3, 4).flatten(2, 3)  # [B, K, h 3, F + K K]
-    return attention.transpose(2, 3).flatten(3) @ of_values
+    return attention.transpose(2, 3).flatten(3), of_values.permute(1, 2, 0, 3, 4).flatten(2, 3)

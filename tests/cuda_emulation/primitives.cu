@@ -8,24 +8,17 @@
 namespace evc {
 namespace {
 
-// c [16, 8] = a [16, 16] b^T [8, 16], operands by load_matrices; b_across: b is [16, 8].
+// c [16, 8] = a [16, 16] b^T [8, 16], each lane's elements as mma.cuh says.
 template <class S>
-__global__ void product(const S* a, const S* b, float* c, bool b_across) {
-  EVC_DYNAMIC_SHARED(raw);
-  S* as = reinterpret_cast<S*>(raw);
-  S* bs = as + 16 * 16;
-  const int lane = threadIdx.x;
-  for (int i = lane; i < 16 * 16; i += kWarp) as[i] = a[i];
-  for (int i = lane; i < 8 * 16; i += kWarp) bs[i] = b[i];
-  __syncwarp();
-  uint32_t from_a[4], from_b[4];
-  load_matrices<false>(from_a, as + lane % 16 * 16 + lane / 16 * 8);
-  // Two matrices are enough: the other two addresses are those of the first ones.
-  if (b_across) load_matrices<true>(from_b, bs + lane % 16 * 8);
-  else load_matrices<false>(from_b, bs + lane % 8 * 16 + lane / 8 % 2 * 8);
+__global__ void product(const S* a, const S* b, float* c) {
+  const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
+  const auto pair = [](const S* from) { return from[0].bits | uint32_t(from[1].bits) << 16; };
+  uint32_t from_a[4], from_b[2];
+  for (int i = 0; i < 4; ++i) from_a[i] = pair(a + (g + i % 2 * 8) * 16 + 2 * t + i / 2 * 8);
+  for (int i = 0; i < 2; ++i) from_b[i] = pair(b + g * 16 + 2 * t + i * 8);
   float sums[4] = {};
-  mma<S>(sums, from_a, {from_b[0], from_b[1]});
-  for (int i = 0; i < 4; ++i) c[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = sums[i];
+  mma<S>(sums, from_a, from_b);
+  for (int i = 0; i < 4; ++i) c[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sums[i];
 }
 
 // to[i] = from[i] through storage S, and back.
@@ -72,9 +65,9 @@ __global__ void shift(float* x, int rounds) {
 
 using namespace evc;
 
-EVC_TEST int test_product(bool half, const void* a, const void* b, float* c, bool b_across) {
-  if (half) return launch({1, kWarp, 1024}, nullptr, product<Float16>, static_cast<const Float16*>(a), static_cast<const Float16*>(b), c, b_across);
-  return launch({1, kWarp, 1024}, nullptr, product<BFloat16>, static_cast<const BFloat16*>(a), static_cast<const BFloat16*>(b), c, b_across);
+EVC_TEST int test_product(bool half, const void* a, const void* b, float* c) {
+  if (half) return launch({1, kWarp}, nullptr, product<Float16>, static_cast<const Float16*>(a), static_cast<const Float16*>(b), c);
+  return launch({1, kWarp}, nullptr, product<BFloat16>, static_cast<const BFloat16*>(a), static_cast<const BFloat16*>(b), c);
 }
 EVC_TEST int test_convert(bool half, const float* from, void* stored, float* to, int64_t n) {
   if (half) return launch({1, 64}, nullptr, convert<Float16>, from, static_cast<Float16*>(stored), to, n);
