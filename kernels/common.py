@@ -89,7 +89,9 @@ def check_dtype(op: str, name: str, tensor: Tensor) -> None:
 
 def check_at_most(op: str, what: str, size: int, limit: int) -> None:
     if size > limit:
-        raise ValueError(f"{op}: the Triton kernels take at most {limit} {what}; got {size}")
+        raise ValueError(
+            f'{op}: the Triton kernels take at most {limit} {what}, impl="reference" any number; got {size}'
+        )
 
 
 def with_adjacent_features(tensor: Tensor) -> Tensor:
@@ -141,7 +143,7 @@ TABLE = {
     "emotion_attention_forward": (
         Row(128, 4, {"ROWS": 64, "WORDS": 64, "COLUMNS": 64}, itemsize=2, arch=90),
         Row(128, 4, {"ROWS": 64, "WORDS": 32, "COLUMNS": 64}, itemsize=2),
-        Row(96, 16, {"ROWS": 64, "WORDS": 32, "COLUMNS": 32}),
+        Row(96, 8, {"ROWS": 32, "WORDS": 32, "COLUMNS": 32}),
         Row(128, 8, {"ROWS": 32, "WORDS": 16, "COLUMNS": 32}),
         Row(512, 8, {"ROWS": 16, "WORDS": 16, "COLUMNS": 32}),
     ),
@@ -152,8 +154,10 @@ TABLE = {
         Row(128, 8, {"ROWS": 32, "WORDS": 16, "COLUMNS": 32, "STREAMED": 1}),
         Row(512, 8, {"ROWS": 16, "WORDS": 16, "COLUMNS": 32, "STREAMED": 1}),
     ),
+    "factored_hidden_forward": (Row(ANY, 4, {"TILE": 2048}),),
+    "factored_hidden_backward": (Row(ANY, 4, {"TILE": 2048}, itemsize=2), Row(ANY, 8, {"TILE": 2048})),
     "routing_aggregation_forward": (Row(ANY, 4, {"TRIPLETS": 4, "FRAMES": 16, "COLUMNS": 64}),),
-    "routing_aggregation_backward": (Row(ANY, 4, {"TILE": 4096, "COLUMNS": 512}),),
+    "routing_aggregation_backward": (Row(ANY, 4, {"TILE": 4096, "TRIPLETS": 8, "COLUMNS": 2048}),),
 }
 
 
@@ -167,7 +171,8 @@ def parameters(kernel: str, width: int, like: Tensor) -> Row:
     for row in TABLE[kernel]:
         if width <= row.width and like.element_size() <= row.itemsize and arch >= row.arch:
             return row
-    raise ValueError(f"{kernel}: the Triton kernels take widths up to {TABLE[kernel][-1].width}; got {width}")
+    limit = TABLE[kernel][-1].width
+    raise ValueError(f'{kernel}: the Triton kernels take widths up to {limit}, impl="reference" any; got {width}')
 
 
 @triton.jit

@@ -134,18 +134,18 @@ def _emotion_attention_bwd_kernel(
     word_blocks,  # at run time, as column_blocks: unrolled, the loops' addresses would take all registers
     column_blocks,
     head_blocks,
-    grad_b,
-    query_b,
-    gate_query_b,
-    gate_key_b,
-    GRAD_K: tl.constexpr,  # strides; those of B in units of ALIGN
+    GRAD_B: tl.constexpr,  # strides
+    GRAD_K: tl.constexpr,
     GRAD_N: tl.constexpr,
+    QUERY_B: tl.constexpr,
     QUERY_K: tl.constexpr,
     QUERY_N: tl.constexpr,
     KEY_W: tl.constexpr,
     VALUE_W: tl.constexpr,
+    GATE_QUERY_B: tl.constexpr,
     GATE_QUERY_K: tl.constexpr,
     GATE_QUERY_N: tl.constexpr,
+    GATE_KEY_B: tl.constexpr,
     GATE_KEY_N: tl.constexpr,
     SCALE: tl.constexpr,  # 1 / sqrt(HEAD)
     K: tl.constexpr,
@@ -183,9 +183,9 @@ def _emotion_attention_bwd_kernel(
     begin = chunk * B // tl.num_programs(0)
     end = (chunk + 1) * B // tl.num_programs(0)
     for b in tl.range(begin, end, disable_licm=True):
-        grads_b = grad_context + b * grad_b * ALIGN
-        gate_queries_b = gate_query + b * gate_query_b * ALIGN
-        gate_keys_b = gate_key + b * gate_key_b * ALIGN
+        grads_b = grad_context + b * GRAD_B
+        gate_queries_b = gate_query + b * GATE_QUERY_B
+        gate_keys_b = gate_key + b * GATE_KEY_B
         if N > FRAMES:  # the gate's rows in blocks of columns: first what their softmax needs, and their own gradient
             gates_b = gates + (b * tl.num_programs(1) + tl.program_id(1)) * (K * N * 3)
             for k in tl.range(0, K, TRIPLETS, disable_licm=True):
@@ -272,7 +272,7 @@ def _emotion_attention_bwd_kernel(
                 x_inside = tile_inside(k, m, TILE)
                 grads = grad_candidates + ((b * K + k) * N + m) * D
                 x_main, x_tail = load_head(grads, own_rows, x_inside, head, HEADS)
-                queries = query + b * query_b * ALIGN + k * QUERY_K + m * QUERY_N
+                queries = query + b * QUERY_B + k * QUERY_K + m * QUERY_N
                 query_main, query_tail = load_head(queries, query_rows, x_inside, head, HEADS)
                 top, total, weighted = none + float("-inf"), none, none
                 for block in tl.range(word_blocks, disable_licm=True):  # (19)

@@ -265,7 +265,7 @@ def forward(
 
     Raises:
         TypeError: float64.
-        ValueError: more than 1024 triplets a video, or features wider than 16384.
+        ValueError: more than 1024 triplets a video, or features wider than 8192.
     """
     constants = _constants(triplets, groups, self_refine, cross_refine)
     row = common.parameters(f"{OP}_forward", triplets.size(3), triplets)

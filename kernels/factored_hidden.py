@@ -17,8 +17,6 @@ from evc_fast.kernels import common
 OP = "factored_hidden"
 MAX_TERMS = 256
 FRAMES = 16  # tl.dot multiplies 16 rows and 16 terms at least
-TILE = 2048  # elements of a triplet's values that a program holds
-NUM_WARPS = 4
 
 
 @triton.jit
@@ -188,7 +186,7 @@ def forward(weights: Tensor, values: Tensor, visual: Tensor) -> Tensor:
         TypeError: float64.
         ValueError: more than 256 terms.
     """
-    tensors, sizes, constants = _prepare(weights, values, visual)
+    row, tensors, sizes, constants = _prepare("forward", weights, values, visual)
     batch, count, frames, width = *weights.shape[:3], values.shape[-1]
     hidden = weights.new_empty(batch, count, frames, width)
     common.launch(
@@ -198,7 +196,7 @@ def forward(weights: Tensor, values: Tensor, visual: Tensor) -> Tensor:
         hidden,
         *sizes,
         *(s for t in tensors for s in t.stride()[:-1]),
-        num_warps=NUM_WARPS,
+        num_warps=row.warps,
         **constants,
     )
     return hidden
@@ -206,7 +204,7 @@ def forward(weights: Tensor, values: Tensor, visual: Tensor) -> Tensor:
 
 def backward(grad_hidden: Tensor, weights: Tensor, values: Tensor, visual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """grad_weights, grad_values and grad_visual; errors as of :func:`forward`."""
-    tensors, sizes, constants = _prepare(weights, values, visual)
+    row, tensors, sizes, constants = _prepare("backward", weights, values, visual)
     tensors = [common.with_adjacent_features(grad_hidden), *tensors]
     strides = [s for t in tensors for s in t.stride()[:-1]]
     batch, count, frames, width = grad_hidden.shape
@@ -222,7 +220,7 @@ def backward(grad_hidden: Tensor, weights: Tensor, values: Tensor, visual: Tenso
         batch * count,
         *sizes,
         *strides,
-        num_warps=NUM_WARPS,
+        num_warps=row.warps,
         **constants,
     )
     common.launch(
@@ -232,17 +230,21 @@ def backward(grad_hidden: Tensor, weights: Tensor, values: Tensor, visual: Tenso
         grad_visual,
         *sizes,
         *strides,
-        num_warps=NUM_WARPS,
+        num_warps=row.warps,
         **constants,
     )
     return shares.sum(0).to(weights.dtype), grad_values, grad_visual
 
 
-def _prepare(weights: Tensor, values: Tensor, visual: Tensor) -> tuple[list[Tensor], tuple[int, ...], dict[str, int]]:
+def _prepare(
+    direction: str, weights: Tensor, values: Tensor, visual: Tensor
+) -> tuple[common.Row, list[Tensor], tuple[int, ...], dict[str, int]]:
     common.check_dtype(OP, "weights", weights)
     count, frames, terms = weights.shape[1:]
     common.check_at_most(OP, "terms", terms, MAX_TERMS)
     tensors = [common.with_adjacent_features(t) for t in (weights, values, visual)]
     padded = max(16, common.power_of_two(terms))
-    constants = {"TERMS": padded, "FRAMES": FRAMES, "COLUMNS": max(16, TILE // padded)}
-    return tensors, (count, frames, terms, values.shape[-1]), constants
+    row = common.parameters(f"{OP}_{direction}", values.size(-1), weights)
+    columns = max(16, row.blocks["TILE"] // padded)  # TILE elements of a triplet's values are on chip
+    constants = {"TERMS": padded, "FRAMES": FRAMES, "COLUMNS": columns}
+    return row, tensors, (count, frames, terms, values.shape[-1]), constants

@@ -2,8 +2,8 @@
 
 HEADS: (D, HEAD, ALIGN, MAIN, TAIL). A head's width is padded to a sum of two powers of two, 75 to 64 + 16 where one
 power would be 128, so its tiles come in pairs, "main" and "tail"; where TAIL is 0 the tail is an unused column. Columns
-begin at the head's first feature rounded down to ALIGN, which divides D and all strides: loads are then ALIGN elements
-wide though heads of 75 begin anywhere, and what they read of the neighbours is set to 0.
+begin at the head's first feature rounded down to ALIGN, which divides D and the strides of all that is read by heads:
+loads are then ALIGN elements wide though heads of 75 begin anywhere, and what they read of the neighbours is set to 0.
 
 TILE: (TRIPLETS, FRAMES, K, N). The rows of a tile are frames of triplets: row = triplet * FRAMES + frame.
 """

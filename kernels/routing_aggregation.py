@@ -13,7 +13,6 @@ from torch import Tensor
 from evc_fast.kernels import common
 
 OP = "routing_aggregation"
-MAX_TRIPLETS = 1024
 
 
 @triton.jit
@@ -124,38 +123,59 @@ def _routing_aggregation_bwd_kernel(
     weights_k,
     D: tl.constexpr,
     UNIT: tl.constexpr,  # of the strides of grad_routed, grad_pooled, facts and emotions
-    TRIPLETS: tl.constexpr,  # K, padded
+    BLOCKS: tl.constexpr,  # of TRIPLETS
+    TRIPLETS: tl.constexpr,
     FRAMES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
     n = (tl.program_id(1) * FRAMES + tl.arange(0, FRAMES)).to(tl.int64)
-    k = tl.arange(0, TRIPLETS).to(tl.int64)
-    real = (k < K)[:, None] & (n < N)[None, :]
-    w = tl.load(weights + b * weights_b + k[:, None] * weights_k + n[None, :] * weights_n, mask=real, other=0.0)
-    grad_w = tl.zeros([TRIPLETS, FRAMES], tl.float32)
-    for first in range(0, D, COLUMNS):
-        column = first + tl.arange(0, COLUMNS)
-        wide = column < D
-        inside = real[:, :, None] & wide[None, None, :]
-        for of_emotions in tl.static_range(2):
-            if of_emotions == 0:
-                x = facts + (b * facts_b + k[:, None] * facts_k + n[None, :] * facts_n)[:, :, None] * UNIT
-                grad_x = grad_facts
-            else:
-                x = emotions + (b * emotions_b + k[:, None] * emotions_k + n[None, :] * emotions_n)[:, :, None] * UNIT
-                grad_x = grad_emotions
-            row = grad_routed + (b * grad_routed_b + (of_emotions * N + n) * grad_routed_n)[:, None] * UNIT
-            grad = tl.load(row + column[None, :], mask=(n < N)[:, None] & wide[None, :], other=0.0).to(tl.float32)
-            pool = grad_pooled + b * grad_pooled_b * UNIT + of_emotions * D + column
-            shared = tl.load(pool, mask=wide, other=0.0).to(tl.float32) / (K * N)
-            tile = tl.load(x + column[None, None, :], mask=inside, other=0.0).to(tl.float32)
-            grad_w += tl.sum(tile * grad[None, :, :], 2)
-            grad_tile = w[:, :, None] * grad[None, :, :] + shared[None, None, :]
-            target = grad_x + ((b * K + k)[:, None] * N + n[None, :])[:, :, None] * D + column[None, None, :]
-            tl.store(target, grad_tile.to(grad_x.dtype.element_ty), mask=inside)
-    mean = tl.sum(w * grad_w, 0)
-    tl.store(grad_logits + b * N * K + n[None, :] * K + k[:, None], w * (grad_w - mean[None, :]), mask=real)
+    mean = tl.zeros([FRAMES], tl.float32)
+    weights += b * weights_b
+    grad_logits += b * N * K
+    for block in range(BLOCKS):
+        k = (block * TRIPLETS + tl.arange(0, TRIPLETS)).to(tl.int64)
+        real = (k < K)[:, None] & (n < N)[None, :]
+        w = tl.load(weights + k[:, None] * weights_k + n[None, :] * weights_n, mask=real, other=0.0)
+        grad_w = tl.zeros([TRIPLETS, FRAMES], tl.float32)
+        for first in tl.range(
+            0, D, COLUMNS, disable_licm=True
+        ):  # addresses of both x and grad_x would take all registers
+            column = first + tl.arange(0, COLUMNS)
+            wide = column < D
+            inside = real[:, :, None] & wide[None, None, :]
+            for of_emotions in tl.static_range(2):
+                if of_emotions == 0:
+                    x = facts + (b * facts_b + k[:, None] * facts_k + n[None, :] * facts_n)[:, :, None] * UNIT
+                    grad_x = grad_facts
+                else:
+                    rows = b * emotions_b + k[:, None] * emotions_k + n[None, :] * emotions_n
+                    x = emotions + rows[:, :, None] * UNIT
+                    grad_x = grad_emotions
+                row = grad_routed + (b * grad_routed_b + (of_emotions * N + n) * grad_routed_n)[:, None] * UNIT
+                grad = tl.load(row + column[None, :], mask=(n < N)[:, None] & wide[None, :], other=0.0).to(tl.float32)
+                pool = grad_pooled + b * grad_pooled_b * UNIT + of_emotions * D + column
+                shared = tl.load(pool, mask=wide, other=0.0).to(tl.float32) / (K * N)
+                tile = tl.load(x + column[None, None, :], mask=inside, other=0.0).to(tl.float32)
+                grad_w += tl.sum(tile * grad[None, :, :], 2)
+                grad_tile = w[:, :, None] * grad[None, :, :] + shared[None, None, :]
+                target = grad_x + ((b * K + k)[:, None] * N + n[None, :])[:, :, None] * D + column[None, None, :]
+                tl.store(target, grad_tile.to(grad_x.dtype.element_ty), mask=inside)
+        mean += tl.sum(w * grad_w, 0)
+        target = grad_logits + n[None, :] * K + k[:, None]
+        if BLOCKS == 1:
+            tl.store(target, w * (grad_w - mean[None, :]), mask=real)
+        else:
+            tl.store(target, grad_w, mask=real)
+    if BLOCKS > 1:
+        tl.debug_barrier()  # other threads of this program read them
+        for block in range(BLOCKS):
+            k = (block * TRIPLETS + tl.arange(0, TRIPLETS)).to(tl.int64)
+            real = (k < K)[:, None] & (n < N)[None, :]
+            w = tl.load(weights + k[:, None] * weights_k + n[None, :] * weights_n, mask=real, other=0.0)
+            target = grad_logits + n[None, :] * K + k[:, None]
+            grad_w = tl.load(target, mask=real, other=0.0)
+            tl.store(target, w * (grad_w - mean[None, :]), mask=real)
 
 
 def forward(facts: Tensor, emotions: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -205,11 +225,9 @@ def backward(
 
     Raises:
         TypeError: float64.
-        ValueError: more than 1024 triplets a video.
     """
     common.check_dtype(OP, "facts", facts)
     batch, count, frames, width = facts.shape
-    common.check_at_most(OP, "triplets a video", count, MAX_TRIPLETS)
     row = common.parameters(f"{OP}_backward", width, facts)
     wide = grad_routed, grad_pooled, facts, emotions = [
         common.with_adjacent_features(t) for t in (grad_routed, grad_pooled, facts, emotions)
@@ -217,9 +235,11 @@ def backward(
     grad_facts, grad_emotions = facts.new_empty(facts.shape), facts.new_empty(facts.shape)
     grad_logits = weights.new_empty(weights.shape)
     unit = common.stride_unit(*wide)
-    triplets = common.power_of_two(count)
-    columns = max(min(common.power_of_two(width), row.blocks["COLUMNS"]) * 4 // max(triplets, 4), 16)
-    tile_frames = min(common.power_of_two(frames), max(row.blocks["TILE"] // (triplets * columns), 1))
+    triplets = min(common.power_of_two(count), row.blocks["TRIPLETS"])
+    columns = min(common.power_of_two(width), max(row.blocks["COLUMNS"] // triplets, 16))
+    # Where strides are odd every element has an address of its own, in registers.
+    tile = row.blocks["TILE"] // (1 if unit * facts.element_size() >= 8 else 4)
+    tile_frames = min(common.power_of_two(frames), max(tile // (triplets * columns), 1))
     common.launch(
         _routing_aggregation_bwd_kernel,
         (batch, triton.cdiv(frames, tile_frames)),
@@ -234,6 +254,7 @@ def backward(
         *weights.stride(),
         D=width,
         UNIT=unit,
+        BLOCKS=triton.cdiv(count, triplets),
         TRIPLETS=triplets,
         FRAMES=tile_frames,
         COLUMNS=columns,
