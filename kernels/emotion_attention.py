@@ -214,6 +214,8 @@ def backward(
     grad_key, grad_value = key.new_empty(key.shape), value.new_empty(value.shape)
     partials = key.new_empty(chunks, 2, *key.shape, dtype=torch.float32)
     many = frames > constants["FRAMES"]
+    if query.element_size() == 4 and (many or constants["ALIGN"] == 1):  # more addresses at a time
+        constants["COLUMNS"] = 16
     gates = key.new_empty(batch, num_heads, count, frames, 3, dtype=torch.float32) if many else None
     common.launch(
         _emotion_attention_bwd_kernel,

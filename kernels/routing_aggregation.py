@@ -138,9 +138,8 @@ def _routing_aggregation_bwd_kernel(
         real = (k < K)[:, None] & (n < N)[None, :]
         w = tl.load(weights + k[:, None] * weights_k + n[None, :] * weights_n, mask=real, other=0.0)
         grad_w = tl.zeros([TRIPLETS, FRAMES], tl.float32)
-        for first in tl.range(
-            0, D, COLUMNS, disable_licm=True
-        ):  # addresses of both x and grad_x would take all registers
+        # Hoisted, the addresses of x and grad_x would take all registers.
+        for first in tl.range(0, D, COLUMNS, disable_licm=True):
             column = first + tl.arange(0, COLUMNS)
             wide = column < D
             inside = real[:, :, None] & wide[None, None, :]

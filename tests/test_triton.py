@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parent
+TEST_OPS = str(Path(__file__).parent / "test_ops.py")
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or importlib.util.find_spec("evc_fast.kernels") is None,
     reason="needs triton, and an installed evc_fast",
@@ -41,9 +41,54 @@ print("checked", len(cases))
 """
 
 
-def interpreted(op: str, names: str, *layouts: str) -> str:
+# Five videos in one or two chunks: a program adds several videos' gradients of the dictionary.
+CHECK_CHUNKS = """
+import importlib.util, sys
+import torch
+from evc_fast.kernels import emotion_attention
+from evc_fast.testing.cases import Case
+
+spec = importlib.util.spec_from_file_location("test_ops", sys.argv[1])
+test_ops = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(test_ops)
+torch.set_num_threads(1)
+emotion_attention.MIN_CHUNKS, emotion_attention.PROGRAMS = 1, 4
+sizes = {"B": 5, "K": 2, "N": 5, "W": 21, "d": 24}
+for heads in (2, 4):
+    case = Case("emotion_attention", "videos of a chunk", sizes, {"num_heads": heads})
+    test_ops.check_against_plain(case, torch.float32, "triton")
+print("checked")
+"""
+
+CHECK_FOLDED = """
+import sys
+import torch
+from evc_fast.testing.encoder_cases import ENCODER_OPTIONS, build_encoder, cast_inputs, encoder_inputs, named_outputs
+from evc_fast.testing.tolerances import FORWARD_FACTOR, assert_as_good_as_plain
+
+torch.set_num_threads(1)
+names = sys.argv[1:] or list(ENCODER_OPTIONS)
+for name in names:
+    encoder = build_encoder(**ENCODER_OPTIONS[name])
+    folded = encoder.fold(dtype=torch.float32)
+    inputs = cast_inputs(encoder_inputs(encoder.config, 2), torch.float32)
+    exact = cast_inputs(inputs, torch.float64)
+    with torch.no_grad():
+        oracle = named_outputs(encoder(*exact, explain=True, impl="reference"))
+        plain = named_outputs(folded(*inputs, explain=True, impl="reference"))
+        actual = named_outputs(folded(*inputs, explain=True, impl="triton"))
+    assert actual.keys() == oracle.keys() and oracle["tokens"] is not None
+    for what, value in oracle.items():
+        assert (value is None) == (actual[what] is None), f"{name}: {what}"
+        if value is not None:
+            assert_as_good_as_plain(actual[what], plain[what], value, FORWARD_FACTOR, f"{name}: {what}")
+print("checked", len(names))
+"""
+
+
+def interpreted(code: str, *arguments: str) -> str:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-P", "-c", CHECK, str(TESTS / "test_ops.py"), op, names, *layouts]
+    command = [sys.executable, "-P", "-c", code, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -60,7 +105,7 @@ def interpreted(op: str, names: str, *layouts: str) -> str:
     ],
 )
 def test_values_and_gradients_under_the_interpreter(op, names):
-    assert "checked" in interpreted(op, names, "sliced")
+    assert "checked" in interpreted(CHECK, TEST_OPS, op, names, "sliced")
 
 
 @needs_triton
@@ -69,10 +114,29 @@ def test_values_and_gradients_under_the_interpreter(op, names):
     ("op", "names"),
     [
         ("entropy_calibration", "no-self,no-cross,groups,groups-same,one-hot,tiny-entropy,dominant-similarity,empty"),
-        ("factored_hidden", "one-triplet,many-terms,saturated,empty"),
+        ("entropy_calibration", "logits-1e4"),
+        ("factored_hidden", "one-triplet,many-frames,many-terms,saturated,empty"),
         ("emotion_attention", "one-frame,one-word,one-wide-heads,empty"),
-        ("routing_aggregation", "one-triplet,one-frame,logits-1e4,empty"),
+        ("emotion_attention", "many-frames"),
+        ("routing_aggregation", "one-triplet,one-frame,many-frames,many-triplets,logits-1e4,empty"),
     ],
 )
 def test_more_values_under_the_interpreter(op, names):
-    assert "checked" in interpreted(op, names)
+    assert "checked" in interpreted(CHECK, TEST_OPS, op, names)
+
+
+@needs_triton
+@pytest.mark.slow
+def test_several_videos_of_a_chunk_under_the_interpreter():
+    assert "checked" in interpreted(CHECK_CHUNKS, TEST_OPS)
+
+
+@needs_triton
+def test_folded_encoder_under_the_interpreter():
+    assert "checked 3" in interpreted(CHECK_FOLDED, "paper", "no_retrieval", "emotion_first_video_merge")
+
+
+@needs_triton
+@pytest.mark.slow
+def test_folded_encoder_of_every_configuration_under_the_interpreter():
+    assert "checked 17" in interpreted(CHECK_FOLDED)
