@@ -96,16 +96,17 @@ def interpreted(code: str, *arguments: str) -> str:
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("op", "names"),
+    ("op", "names", "layouts"),
     [
-        ("entropy_calibration", "odd,tiny"),
-        ("factored_hidden", "odd,tiny,one-frame"),
-        ("emotion_attention", "odd,tiny"),
-        ("routing_aggregation", "odd,tiny"),
+        ("entropy_calibration", "odd,tiny", ["sliced"]),
+        ("factored_hidden", "odd,tiny,one-frame", ["sliced"]),
+        ("emotion_attention", "odd,tiny", []),
+        pytest.param("emotion_attention", "odd,tiny", ["sliced"], marks=pytest.mark.slow),
+        ("routing_aggregation", "odd,tiny", ["sliced"]),
     ],
 )
-def test_values_and_gradients_under_the_interpreter(op, names):
-    assert "checked" in interpreted(CHECK, TEST_OPS, op, names, "sliced")
+def test_values_and_gradients_under_the_interpreter(op, names, layouts):
+    assert "checked" in interpreted(CHECK, TEST_OPS, op, names, *layouts)
 
 
 @needs_triton
