@@ -119,8 +119,7 @@ def compile_launch(launch: common.Launch, arch: int) -> triton.compiler.Compiled
         if divisible:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
 
 
 def measure(launch: common.Launch, arch: int, dtype: str, case: str) -> Compiled:
@@ -138,7 +137,7 @@ def measure(launch: common.Launch, arch: int, dtype: str, case: str) -> Compiled
         case=case,
         arch=arch,
         dtype=dtype,
-        num_warps=launch.num_warps,
+        num_warps=launch.options["num_warps"],
         registers=usage["REG"],
         shared=compiled.metadata.shared,
         spilled=usage["STACK"] + usage["LOCAL"],

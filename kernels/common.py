@@ -25,8 +25,7 @@ class Launch:
     grid: tuple[int, ...]
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
-    num_warps: int
-    num_stages: int
+    options: dict[str, int]  # of the compiler: num_warps, num_stages, maxnreg
 
 
 @dataclass
@@ -53,20 +52,29 @@ def recorded(arch: int) -> Iterator[list[Launch]]:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int, num_stages: int = 1, **constants: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    *arguments: Any,
+    num_warps: int,
+    num_stages: int = 1,
+    registers: int | None = None,
+    **constants: Any,
 ) -> None:
     """Run ``kernel`` on the device of its first argument, on the current stream; nothing where the grid is empty."""
     if 0 in grid:
         return
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    if registers is not None:
+        options["maxnreg"] = registers
     if _recording is not None:
-        _recording.launches.append(Launch(kernel, grid, arguments, constants, num_warps, num_stages))
+        _recording.launches.append(Launch(kernel, grid, arguments, constants, options))
         return
     device = arguments[0].device
     guard = contextlib.nullcontext()
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         guard = torch.cuda.device(device)
     with guard:
-        kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
+        kernel[grid](*arguments, **options, **constants)
 
 
 def architecture(tensor: Tensor) -> int:
@@ -112,6 +120,12 @@ def stride_unit(*tensors: Tensor) -> int:
     return math.gcd(16, *(s for t in tensors for s in t.stride()[:-1]))
 
 
+def has_odd_strides(*tensors: Tensor) -> bool:
+    """Whether rows are so placed that elements are loaded one by one: each address is in a register of its own then,
+    and tiles have to be smaller."""
+    return stride_unit(*tensors) * tensors[0].element_size() < 8
+
+
 def power_of_two(n: int) -> int:
     """The smallest power of two from ``n`` on."""
     return triton.next_power_of_2(max(n, 1))
@@ -127,6 +141,7 @@ class Row:
     stages: int = 1
     itemsize: int = 4  # of the stored type, up to
     arch: int = 0  # from which compute capability on
+    registers: int | None = None  # a thread may take; None: as the compiler sees fit, spills for more programs included
 
 
 ANY = 2**31
@@ -156,7 +171,10 @@ TABLE = {
     ),
     "factored_hidden_forward": (Row(ANY, 4, {"TILE": 2048}),),
     "factored_hidden_backward": (Row(ANY, 4, {"TILE": 2048}, itemsize=2), Row(ANY, 8, {"TILE": 2048})),
-    "routing_aggregation_forward": (Row(ANY, 4, {"TRIPLETS": 4, "FRAMES": 16, "COLUMNS": 64}),),
+    "routing_aggregation_forward": (
+        Row(32, 4, {"TRIPLETS": 4, "FRAMES": 16, "COLUMNS": 64}, registers=128),
+        Row(ANY, 4, {"TRIPLETS": 4, "FRAMES": 16, "COLUMNS": 64}),
+    ),
     "routing_aggregation_backward": (Row(ANY, 4, {"TILE": 4096, "TRIPLETS": 8, "COLUMNS": 2048}),),
 }
 

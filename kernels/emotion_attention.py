@@ -216,6 +216,8 @@ def backward(
     many = frames > constants["FRAMES"]
     if query.element_size() == 4 and (many or constants["ALIGN"] == 1):  # more addresses at a time
         constants["COLUMNS"] = 16
+    elif constants["ALIGN"] == 1:
+        constants["COLUMNS"] = min(constants["COLUMNS"], 32)
     gates = key.new_empty(batch, num_heads, count, frames, 3, dtype=torch.float32) if many else None
     common.launch(
         _emotion_attention_bwd_kernel,

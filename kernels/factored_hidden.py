@@ -245,6 +245,8 @@ def _prepare(
     tensors = [common.with_adjacent_features(t) for t in (weights, values, visual)]
     padded = max(16, common.power_of_two(terms))
     row = common.parameters(f"{OP}_{direction}", values.size(-1), weights)
-    columns = max(16, row.blocks["TILE"] // padded)  # TILE elements of a triplet's values are on chip
+    # TILE elements of a triplet's values are on chip.
+    tile = row.blocks["TILE"] // (2 if common.has_odd_strides(*tensors) else 1)
+    columns = max(16, tile // padded)
     constants = {"TERMS": padded, "FRAMES": FRAMES, "COLUMNS": columns}
     return row, tensors, (count, frames, terms, values.shape[-1]), constants

@@ -213,6 +213,7 @@ def forward(facts: Tensor, emotions: Tensor, logits: Tensor) -> tuple[Tensor, Te
         FRAMES=tile_frames,
         COLUMNS=columns,
         num_warps=row.warps,
+        registers=row.registers,
     )
     return routed, pooled, weights
 
@@ -236,8 +237,7 @@ def backward(
     unit = common.stride_unit(*wide)
     triplets = min(common.power_of_two(count), row.blocks["TRIPLETS"])
     columns = min(common.power_of_two(width), max(row.blocks["COLUMNS"] // triplets, 16))
-    # Where strides are odd every element has an address of its own, in registers.
-    tile = row.blocks["TILE"] // (1 if unit * facts.element_size() >= 8 else 4)
+    tile = row.blocks["TILE"] // (4 if common.has_odd_strides(*wide) else 1)
     tile_frames = min(common.power_of_two(frames), max(tile // (triplets * columns), 1))
     common.launch(
         _routing_aggregation_bwd_kernel,
