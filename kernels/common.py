@@ -172,7 +172,7 @@ TABLE = {
     "factored_hidden_forward": (Row(ANY, 4, {"TILE": 2048}),),
     "factored_hidden_backward": (Row(ANY, 4, {"TILE": 2048}, itemsize=2), Row(ANY, 8, {"TILE": 2048})),
     "routing_aggregation_forward": (
-        Row(32, 4, {"TRIPLETS": 4, "FRAMES": 16, "COLUMNS": 64}, registers=128),
+        Row(32, 4, {"TRIPLETS": 4, "FRAMES": 16, "COLUMNS": 64}, registers=224),
         Row(ANY, 4, {"TRIPLETS": 4, "FRAMES": 16, "COLUMNS": 64}),
     ),
     "routing_aggregation_backward": (Row(ANY, 4, {"TILE": 4096, "TRIPLETS": 8, "COLUMNS": 2048}),),
