@@ -49,6 +49,10 @@ class TruncatedVideo(VideoError):
     """The file breaks off before its end."""
 
 
+class OutOfMemory(VideoError):
+    """Decoding takes more memory than there is: a picture of enormous size, or a header that claims one."""
+
+
 class VideoFrames(NamedTuple):
     """N sampled frames and what is known of the video they come from.
 
@@ -76,7 +80,11 @@ def frame_indices(num_decoded: int, num_frames: int) -> list[int]:
 
 
 def read_frames(
-    source: str | os.PathLike[str] | BinaryIO, num_frames: int = 16, *, allow_truncated: bool = False
+    source: str | os.PathLike[str] | BinaryIO,
+    num_frames: int = 16,
+    *,
+    allow_truncated: bool = False,
+    threads: int = 0,
 ) -> VideoFrames:
     """Samples `num_frames` frames of a video: a path, a pipe, or a binary file object (read from its start, left open).
 
@@ -90,12 +98,17 @@ def read_frames(
     lengths (MP4, MOV, Matroska, WebM, AVI) or by damage that reaches the last frames; a stream without such lengths
     (MPEG-TS, FLV, GIF, raw) that was cut exactly between two frames cannot be told from a shorter one.
 
+    `threads` of the decoder: 0 takes as many as it finds cores; the frames are the same.
+
     Raises FileNotFoundError, TypeError and ValueError for the arguments, and the kinds of VideoError: UnreadableVideo,
-    EmptyVideo, NoVideoStream, TruncatedVideo. What a file object raises while it is read is passed on.
+    EmptyVideo, NoVideoStream, TruncatedVideo, OutOfMemory. What a file object raises while it is read is passed on.
     """
     if isinstance(num_frames, bool) or not isinstance(num_frames, int) or num_frames < 1:
         raise ValueError(f"num_frames must be an integer of at least 1, not {num_frames!r}")
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 0:
+        raise ValueError(f"threads must be an integer of at least 0, not {threads!r}")
     with _seekable(source) as video:
+        video.threads = threads
         missing = missing_bytes(video.file)
         if missing and not allow_truncated:
             raise TruncatedVideo(
@@ -107,6 +120,8 @@ def read_frames(
             if not missing:
                 raise
             raise TruncatedVideo(f"{video.name} breaks off before its first whole frame") from error
+        except MemoryError as error:
+            raise OutOfMemory(f"decoding {video.name} takes more memory than there is") from error
 
 
 @dataclass
@@ -117,6 +132,7 @@ class _Source:
     target: str | BinaryIO
     file: BinaryIO
     size: int
+    threads: int = 0
 
 
 @contextmanager
@@ -154,6 +170,8 @@ def _opened(video: _Source) -> Iterator[tuple[av.container.InputContainer, av.Vi
     video.file.seek(0)
     try:
         container = av.open(video.target, "r")
+    except MemoryError:  # PyAV's own is an FFmpegError too
+        raise
     except (av.FFmpegError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UnreadableVideo(f"{video.name} is not a video that FFmpeg can read: {reason}") from error
@@ -167,6 +185,7 @@ def _opened(video: _Source) -> Iterator[tuple[av.container.InputContainer, av.Vi
         if stream.codec_context is None:
             raise UnreadableVideo(f"{video.name} holds a video stream that this FFmpeg has no decoder for")
         stream.thread_type = "AUTO"
+        stream.codec_context.thread_count = video.threads
         yield container, stream
 
 
@@ -216,6 +235,8 @@ def _demux(container: av.container.InputContainer, stream: av.VideoStream, healt
             packet = next(packets)
         except StopIteration:
             return
+        except MemoryError:  # a lack of memory is no damage that could be passed over
+            raise
         except av.FFmpegError:
             health.damaged, health.last_packet_damaged = health.damaged + 1, True
             yield av.Packet()
@@ -235,6 +256,8 @@ def _decode(container: av.container.InputContainer, stream: av.VideoStream, heal
             frames = stream.decode(packet if packet.size else None)
         except av.error.EOFError:
             return
+        except MemoryError:
+            raise
         except av.FFmpegError:
             health.damaged, health.last_packet_damaged = health.damaged + 1, True
             continue
