@@ -317,7 +317,7 @@ def _decode_sample(video: _Source, expected: int, num_frames: int) -> _Sample:
 
 def _to_rgb(frame: av.VideoFrame, width: int, height: int) -> torch.Tensor:
     """One decoded frame -> uint8 [H, W, 3], upright."""
-    pixels = torch.from_numpy(frame.reformat(width=width, height=height, format="rgb24").to_ndarray())
+    pixels = torch.from_numpy(frame.reformat(width=width, height=height, format="rgb24", threads=1).to_ndarray())
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return pixels
