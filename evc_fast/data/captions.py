@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evc_fast.data.caption_files import CaptionError, read_caption_rows, read_name_mapping
+from evc_fast.data.text_files import listed
 from evc_fast.model.decoders.vocabulary import caption_words
 
 __all__ = [
@@ -80,10 +81,10 @@ class CaptionSet:
         wanted = set(video_ids)
         if len(wanted) != len(video_ids):
             twice = dict.fromkeys(video_id for video_id in video_ids if video_ids.count(video_id) > 1)
-            raise CaptionError(f"video ids that come twice: {_list(twice)}")
+            raise CaptionError(f"video ids that come twice: {listed(twice)}")
         unknown = [video_id for video_id in video_ids if video_id not in self._texts]
         if unknown:
-            raise CaptionError(f"there are no captions of these videos: {_list(unknown)}")
+            raise CaptionError(f"there are no captions of these videos: {listed(unknown)}")
         return CaptionSet(caption for caption in self.captions if caption.video_id in wanted)
 
     def __len__(self) -> int:
@@ -144,7 +145,7 @@ def _check_disjoint(sets: Mapping[str, CaptionSet], advice: str) -> None:
     for (first, one), (second, other) in itertools.combinations(sets.items(), 2):
         shared = [video_id for video_id in one.video_ids if video_id in other]
         if shared:
-            raise CaptionError(f"{first} and {second} both have captions of {_list(shared)}: {advice}")
+            raise CaptionError(f"{first} and {second} both have captions of {listed(shared)}: {advice}")
 
 
 def split_by_video(captions: CaptionSet, share: float, seed: int) -> tuple[CaptionSet, CaptionSet]:
@@ -192,9 +193,3 @@ def locate_videos(
             found = " and ".join(str(path) for path in files[name])
             raise CaptionError(f"several files could be video {video_id!r}: {found}")
     return {video_id: files[name][0] for video_id, name in names.items()}
-
-
-def _list(names: Iterable[str], most: int = 10) -> str:
-    names = list(names)
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -1,10 +1,11 @@
-"""Text files as users bring them: UTF-8, or one sentence that says on which line they are not."""
+"""Text files as users bring them: what is wrong with one is said in a sentence, with its line."""
 
 from __future__ import annotations
 
 import codecs
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,3 +36,10 @@ def parse_json(text: str, path: str | os.PathLike[str], error: type[ValueError])
         return json.loads(text, object_pairs_hook=without_repeats)
     except json.JSONDecodeError as problem:
         raise error(f"{path}, line {problem.lineno}: not JSON ({problem.msg})") from None
+
+
+def listed(names: Iterable[str], most: int = 10) -> str:
+    """Names for an error message: the first few, and how many more there are."""
+    names = list(names)
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
