@@ -69,7 +69,8 @@ class CaptionStatistics:
             f"{self.captions} captions of {self.videos} videos",
             f"words a caption: {mean:.1f} on average, {min(self.lengths)} to {max(self.lengths)};"
             f" {self.longer} captions are cut to {MAX_CAPTION_WORDS}",
-            f"vocabulary: {self.vocabulary} words; {len(self.emotion_words)} of the {self.dictionary_words} emotion words",
+            f"vocabulary: {self.vocabulary} words;"
+            f" {len(self.emotion_words)} of the dictionary's {self.dictionary_words} emotion words",
             f"with an emotion word: {_share(self.with_emotion['captions'], self.captions)} of the captions,"
             f" {_share(self.with_emotion['videos'], self.videos)} of the videos",
             f"emotion words: {_frequent(self.emotion_words, most)}",
