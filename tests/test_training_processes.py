@@ -1,0 +1,79 @@
+"""Runs in processes of their own: two that train together, and one that is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+pytest.importorskip("accelerate")
+
+from evc_fast.testing.training_world import training_config, training_world
+from evc_fast.training.checkpoint import CheckpointError
+from evc_fast.training.logs import read_log
+from evc_fast.training.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SCRIPT = Path(__file__).with_name("training_process.py")
+# 18 captions in batches of 17: unequal shares, and a last batch of one caption, of which a process has none.
+UNEVEN: dict[str, Any] = {
+    "model": {"encoder": {"dropout": 0.0}, "decoder": {"name": "transformer", "dropout": 0.0}},
+    "trainer": {"batch_size": 17, "epochs": 3},
+}
+
+
+def start(folder: Path, processes: int = 1, **options: Any) -> subprocess.CompletedProcess[str]:
+    """A run in processes of its own, which find the package where this one does."""
+    launcher = []
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, *launcher, str(SCRIPT), str(folder), json.dumps(options)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+
+
+def losses(folder: Path) -> list[list[float]]:
+    names = ("loss", "caption_loss", "emotion_loss", "gradient_norm", "tokens", "captions")
+    return [[r[name] for name in names] for r in read_log(folder / "log.jsonl") if r["kind"] == "step"]
+
+
+def validations(folder: Path) -> list[dict[str, Any]]:
+    return [record["scores"] for record in read_log(folder / "log.jsonl") if record["kind"] == "validation"]
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    done = start(tmp_path / "two", processes=2, sections=UNEVEN)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"steps": 6, "processes": 2}
+    Trainer(training_config(tmp_path / "one", **UNEVEN), training_world()).fit()
+    one, two = (torch.tensor(losses(tmp_path / name), dtype=torch.float64) for name in ("one", "two"))
+    assert_close(two, one, rtol=2e-4, atol=1e-6)
+    assert one[:, 5].tolist() == [17, 1] * 3
+    assert len(validations(tmp_path / "two")) == 3
+    with pytest.raises(CheckpointError, match="was saved by 2 processes and can only go on with as many"):
+        Trainer(training_config(tmp_path / "two", **UNEVEN), training_world()).fit(resume=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, processes: int) -> None:
+    sections = {"trainer": {"save_every": 2, "epochs": 3}}
+    whole = start(tmp_path / "whole", processes, sections=sections)
+    assert whole.returncode == 0, whole.stderr
+    killed = start(tmp_path / "killed", processes, sections=sections, kill_at=8)
+    assert killed.returncode == (-signal.SIGKILL if processes == 1 else 1), killed.stderr
+    assert len(losses(tmp_path / "killed")) == 8
+    resumed = start(tmp_path / "killed", processes, sections=sections, resume=True)
+    assert resumed.returncode == 0, resumed.stderr
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert validations(tmp_path / "killed") == validations(tmp_path / "whole")
+    assert read_log(tmp_path / "killed" / "log.jsonl")[-1]["step"] == 15
