@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from evc_fast.metrics.meteor import Meteor, MeteorUnavailable
+from evc_fast.metrics.meteor import Meteor, MeteorUnavailable, summable
 from evc_fast.model.decoders.vocabulary import caption_words
 
 BLEU = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4")
@@ -26,7 +26,7 @@ class CaptionScores:
     overall: metric -> that of the corpus; per_video: metric -> float64 [n]
     bleu_counts: float64 [n, 10]: length of the caption, of the closest reference, n-grams of it for n = 1..4, and how
         many of them are in a reference. The corpus' BLEU is made of their sums.
-    meteor_statistics: float64 [n, 23], the same for METEOR
+    meteor_statistics: float64 [n, 23], METEOR's, whose sums make that of the corpus
     """
 
     overall: dict[str, float | None] = field(default_factory=dict)
@@ -95,9 +95,9 @@ def _add_meteor(
     if isinstance(meteor, MeteorUnavailable):
         raise meteor
     statistics = np.array([meteor.statistics(generated[video_id][0], texts) for video_id, texts in written.items()])
-    scores.per_video["METEOR"] = 100 * meteor.scores(statistics)
-    scores.overall["METEOR"] = 100 * float(meteor.scores(statistics.sum(axis=0, keepdims=True))[0])
-    scores.meteor_statistics = statistics
+    each, corpus = meteor.scores(statistics)
+    scores.per_video["METEOR"], scores.overall["METEOR"] = 100 * each, 100 * corpus
+    scores.meteor_statistics = summable(statistics)
 
 
 def corpus_bleu(sums: np.ndarray) -> np.ndarray:

@@ -139,7 +139,7 @@ def _meteor(
     found: list[np.ndarray | None] = [None] * len(runs)
     if not isinstance(program, MeteorUnavailable) and all(counts is not None for counts in statistics):
         try:
-            found = [100 * program.scores(weights @ counts) for counts in statistics]
+            found = [100 * program.scores(weights @ counts)[0] for counts in statistics]
         except MeteorUnavailable as error:
             notes.append(f"METEOR: not computed ({error})")
     return found

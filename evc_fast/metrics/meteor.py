@@ -19,6 +19,7 @@ from types import TracebackType
 import numpy as np
 
 _JAR = "meteor-1.5.jar"
+_LENGTHS, _CHUNKS, _MATCHES = slice(0, 2), 20, slice(21, 23)  # of caption and reference, in METEOR's counts
 
 
 class MeteorUnavailable(RuntimeError):
@@ -66,14 +67,14 @@ class Meteor:
         self._errors.close()
 
     def statistics(self, hypothesis: str, references: Sequence[str]) -> np.ndarray:
-        """What METEOR counts of one caption, float64 [23]; those of a corpus are the sums over its captions."""
+        """What METEOR counts of one caption, float64 [23]."""
         return self._ask(" ||| ".join(("SCORE", *references, hypothesis)), 1)[0]
 
-    def scores(self, statistics: np.ndarray) -> np.ndarray:
-        """METEOR of each row of statistics, [n, 23] -> float64 [n], from 0 to 1."""
+    def scores(self, statistics: np.ndarray) -> tuple[np.ndarray, float]:
+        """METEOR of each of n captions and of the corpus that they are, from 0 to 1: [n, 23] -> float64 [n], float."""
         rows = (" ".join(map(repr, row)) for row in statistics.tolist())
         answers = self._ask(" ||| ".join(("EVAL", *rows)), len(statistics) + 1)
-        return np.concatenate(answers[:-1])  # the last is that of all rows together
+        return np.concatenate(answers[:-1]), float(answers[-1][0])
 
     def _ask(self, line: str, answers: int) -> list[np.ndarray]:
         """Writes a line and reads lines of numbers."""
@@ -95,6 +96,17 @@ class Meteor:
             said = self._errors.read().decode(errors="replace").strip().splitlines() or ["it said nothing"]
             raise MeteorUnavailable(f"METEOR's Java program gave no answer: {said[-1]}")
         return found
+
+
+def summable(statistics: np.ndarray) -> np.ndarray:
+    """Counts whose sum over captions has the METEOR of that corpus, [n, 23] -> [n, 23].
+
+    A caption that is its reference word for word, one chunk that covers both, adds no chunk to its corpus.
+    """
+    whole = (statistics[:, _LENGTHS] == statistics[:, _MATCHES]).all(axis=1) & (statistics[:, _CHUNKS] == 1)
+    counts = statistics.copy()
+    counts[whole, _CHUNKS] = 0
+    return counts
 
 
 @contextmanager
