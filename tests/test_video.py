@@ -300,6 +300,23 @@ def test_recording_that_starts_between_key_frames(tmp_path, monkeypatch):
     assert indices_of(sampled.frames) == [shown[index] for index in frame_indices(len(shown), 8)]
 
 
+def test_a_stream_that_begins_later_is_passed_over(tmp_path):
+    first, second = read_bytes(clip(tmp_path, "mpegts")), str(tmp_path / "sound.ts")
+    with av.open(second, "w") as output:
+        pictures, sound = output.add_stream("libx264", rate=25), output.add_stream("aac", rate=16000)
+        pictures.width, pictures.height, pictures.pix_fmt, sound.layout = WIDTH, HEIGHT, "yuv420p", "mono"
+        for index in range(40):
+            output.mux(pictures.encode(av.VideoFrame.from_ndarray(marked(index), "rgb24")))
+            samples = av.AudioFrame.from_ndarray(np.zeros((1, 640), np.float32), "fltp", "mono")
+            samples.sample_rate, samples.pts = 16000, 640 * index
+            output.mux(sound.encode(samples))
+        output.mux(pictures.encode(None))
+        output.mux(sound.encode(None))
+    sampled = read_frames(io.BytesIO(first + read_bytes(second)), 4)
+    assert sampled.num_decoded == 80
+    assert indices_of(sampled.frames) == [0, 26, 12, 39]
+
+
 def test_only_the_wanted_frames_are_converted(tmp_path, monkeypatch):
     converted = []
     original = video._to_rgb

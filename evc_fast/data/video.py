@@ -23,34 +23,30 @@ import numpy as np
 import torch
 
 from evc_fast.data.truncation import missing_bytes
+from evc_fast.data.video_errors import (
+    EmptyVideo,
+    NoVideoStream,
+    OutOfMemory,
+    TruncatedVideo,
+    UnreadableVideo,
+    VideoError,
+)
+
+__all__ = [
+    "EmptyVideo",
+    "NoVideoStream",
+    "OutOfMemory",
+    "TruncatedVideo",
+    "UnreadableVideo",
+    "VideoError",
+    "VideoFrames",
+    "frame_indices",
+    "read_frames",
+]
 
 _SPOOL_BYTES = 64 << 20  # a pipe's bytes are kept in memory up to here, beyond on disk
 _MAX_REORDER = 16  # no codec delays a frame by more: damage among the last 16 frames cannot be told from a break
 _MAX_PASSES = 4
-
-
-class VideoError(ValueError):
-    """A video that cannot be read; every kind of it below names the file and the reason in one sentence."""
-
-
-class UnreadableVideo(VideoError):
-    """No demuxer or no decoder takes the file, or not one of its frames decodes."""
-
-
-class EmptyVideo(VideoError):
-    """The file has no bytes."""
-
-
-class NoVideoStream(VideoError):
-    """The file has no moving or still picture: audio, subtitles, or a cover image beside audio only."""
-
-
-class TruncatedVideo(VideoError):
-    """The file breaks off before its end."""
-
-
-class OutOfMemory(VideoError):
-    """Decoding takes more memory than there is: a picture of enormous size, or a header that claims one."""
 
 
 class VideoFrames(NamedTuple):
@@ -235,6 +231,9 @@ def _demux(container: av.container.InputContainer, stream: av.VideoStream, healt
             packet = next(packets)
         except StopIteration:
             return
+        except IndexError:  # PyAV's, at a packet of a stream that has only now begun: not ours, and reading goes on
+            packets = container.demux(stream)
+            continue
         except MemoryError:  # a lack of memory is no damage that could be passed over
             raise
         except av.FFmpegError:
