@@ -1,9 +1,9 @@
 """Runs a function over many files in processes that may hang, swell or crash: each job gets a result or a typed error.
 
-A decoder is a large C library that reads what strangers wrote. So it runs in worker processes of a limited memory, and
-the parent kills the one that gives no answer in time. Workers are programs of their own, not forks: the parent has
-threads, and its main module is not imported again. A worker whose parent was killed ends at its next answer, or by its
-own alarm.
+A decoder is a large C library that reads what strangers wrote. So each file has a process of its own: a worker program
+imports what is needed once and forks a child for each job, whose memory is limited and whose time is watched. What one
+file spoils is gone before the next one comes. Workers are programs, not forks of this process: it has threads, and its
+main module is not imported again.
 """
 
 from __future__ import annotations
@@ -27,11 +27,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from evc_fast.data.video import OutOfMemory, VideoError
+from evc_fast.data.video_errors import OutOfMemory, VideoError
 
 _START_S = 120.0  # a worker imports torch and PyAV, on a cold disk
+_STARVED = 10  # a job may take this many times its time by the clock, if it waits for a processor on a busy machine
+_GRACE_S = 30.0  # for an answer after that: the system may be unable to end a process that waits for a dead disk
 _BYTES_PER_S = 1_000_000  # of a file beyond what `timeout_s` covers: software decoding of any codec is faster
 _BOOT = "import sys, json; o = json.loads(sys.argv[1]); sys.path[:] = o['path']; import {m}; {m}._serve(o)"
+_OVERDUE = 1000  # stands for the exit status of a job that was stopped
 _HEADER = struct.Struct("<QQ")  # bytes of JSON, bytes of payload
 
 Task = Callable[..., tuple[Any, bytes]]
@@ -49,9 +52,10 @@ class DecoderCrash(VideoError):
 class Limits:
     """What one job may take.
 
-    timeout_s: seconds for a file of up to 10 MB; a larger one gets a second more for each MB beyond
-    memory_mb: MB (2^20 bytes) that a process may come to hold for its jobs. What counts is the peak that the system
-        measured, since decoders take a failed allocation for damage and go on; twice as much cannot be allocated.
+    timeout_s: seconds for a file of up to 10 MB; a larger one gets a second more for each MB beyond. Time in which the
+        job waited for a processor does not count, so that a busy machine blames no file.
+    memory_mb: MB (2^20 bytes) that a job may come to hold. What counts is the peak that the system measured, since
+        decoders take a failed allocation for damage and go on; more than twice as much cannot be allocated.
     """
 
     timeout_s: float = 10.0
@@ -74,7 +78,7 @@ class Outcome:
 
     value, payload: what the task returned; kind: the error's class, "" where there was none; reason: its sentence
     typed: False for an error that neither the video nor the system explains, which is a mistake in the program
-    seconds: of the job's last attempt
+    seconds: that the job took, as `Limits` counts them
     """
 
     value: Any = None
@@ -91,16 +95,13 @@ def run_guarded(
     *,
     workers: int,
     limits: Limits | None = None,
-    retry: bool = True,
     prepare: Callable[[], object] | None = None,
 ) -> Iterator[Outcome]:
     """Yields an `Outcome` for each job, in their order, `workers` of them at a time and few ahead.
 
     task: a function of a module, called with the job's entries as keywords, which returns (what JSON can hold, bytes).
     jobs: each with a "path", which names the file in messages and whose size sets the time; values that JSON can hold.
-    retry: a job that crashed, hung or ran out of memory is tried once more in a fresh process before it is blamed,
-        since an earlier file may have spoiled the first one.
-    prepare: a function of the task's module that a worker calls first; what it takes is not the jobs'.
+    prepare: a function of the task's module that a worker calls first; what it loads, its jobs find loaded.
 
     Raises ValueError for `workers` below 1 or a task of the main program, RuntimeError where a worker does not start.
     Ending the iteration early, by an exception or by `close`, kills the workers.
@@ -117,12 +118,10 @@ def run_guarded(
         "prepare": None if prepare is None else prepare.__name__,
         "memory_mb": limits.memory_mb,
     }
-    return _run(options, jobs, workers, limits, retry)
+    return _run(options, jobs, workers, limits)
 
 
-def _run(
-    options: dict[str, Any], jobs: Iterable[Mapping[str, Any]], workers: int, limits: Limits, retry: bool
-) -> Iterator[Outcome]:
+def _run(options: dict[str, Any], jobs: Iterable[Mapping[str, Any]], workers: int, limits: Limits) -> Iterator[Outcome]:
     crew = [_Worker(options, limits) for _ in range(workers)]
     idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
     for worker in crew:
@@ -131,10 +130,7 @@ def _run(
     def attempt(job: Mapping[str, Any]) -> Outcome:
         worker = idle.get()
         try:
-            outcome = worker.run(job)
-            if retry and outcome.kind in _SUSPECT:
-                outcome = worker.run(job)
-            return outcome
+            return worker.run(job)
         finally:
             idle.put(worker)
 
@@ -157,11 +153,8 @@ def _run(
             worker.close()
 
 
-_SUSPECT = (DecodingTimeout.__name__, DecoderCrash.__name__, OutOfMemory.__name__)
-
-
 class _Worker:
-    """The parent's end of one worker process, which is started when it is needed and again after each death."""
+    """This process's end of one worker, which is started when it is needed, and again should it die."""
 
     def __init__(self, options: dict[str, Any], limits: Limits) -> None:
         self._limits = limits
@@ -182,22 +175,21 @@ class _Worker:
         try:
             self._process.stdin.write(request)
             self._process.stdin.flush()
-            value, payload = self._receive(begin + allowed)
+            answer, payload = self._receive(begin + _STARVED * allowed + _GRACE_S)
         except TimeoutError:
             self._kill()
-            reason = f"decoding {path} took more than {allowed:g} s and was stopped"
-            return Outcome(kind=DecodingTimeout.__name__, reason=reason, seconds=time.monotonic() - begin)
+            answer, payload = {"died": _OVERDUE, "seconds": time.monotonic() - begin}, b""
         except (EOFError, BrokenPipeError):
-            status = self._bury()
-            how = f"ended with status {status}" if status >= 0 else f"was killed by {signal.Signals(-status).name}"
-            reason = f"decoding {path} took its process down: it {how}"
-            return Outcome(kind=DecoderCrash.__name__, reason=reason, seconds=time.monotonic() - begin)
-        seconds = time.monotonic() - begin
-        if "kind" not in value:
-            return Outcome(value=value["value"], payload=payload, seconds=seconds)
-        if value["kind"] in _SUSPECT:
-            self._kill()  # what is left of its memory is in pieces
-        return Outcome(kind=value["kind"], reason=value["reason"], typed=value["typed"], seconds=seconds)
+            answer, payload = {"died": self._kill(), "seconds": time.monotonic() - begin}, b""
+        if "died" not in answer:
+            return Outcome(payload=payload, **answer)
+        status, seconds = answer["died"], answer["seconds"]
+        if status in (_OVERDUE, -signal.SIGALRM):
+            reason = f"decoding {path} took more than {allowed:g} s and was stopped"
+            return Outcome(kind=DecodingTimeout.__name__, reason=reason, seconds=seconds)
+        how = f"ended with status {status}" if status >= 0 else f"was killed by {signal.Signals(-status).name}"
+        reason = f"decoding {path} took its process down: it {how}"
+        return Outcome(kind=DecoderCrash.__name__, reason=reason, seconds=seconds)
 
     def _start(self) -> None:
         if self._process is not None and self._process.poll() is None:
@@ -211,7 +203,8 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},  # no thread that a fork would lose
+            process_group=0,  # Ctrl-C is ours to handle; and its child is killed with it
         )
         try:
             self._receive(time.monotonic() + _START_S)
@@ -239,61 +232,93 @@ class _Worker:
             data += piece
         return data
 
-    def _bury(self) -> int:
-        """Exit status of a process that closed its pipe, negative for a signal."""
-        try:
-            return self._process.wait(5)  # the pipe closes a moment before the end
-        except subprocess.TimeoutExpired:
-            return self._kill()
-        finally:
-            self._kill()
-
     def _kill(self) -> int:
+        """Ends the worker and its child; the exit status, negative for a signal."""
         process = self._process
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):  # both have ended
+            os.killpg(process.pid, signal.SIGKILL)
         for pipe in (process.stdin, process.stdout):
-            with contextlib.suppress(BrokenPipeError):  # the request that it did not live to read
+            with contextlib.suppress(BrokenPipeError):  # a request that it did not live to read
                 pipe.close()
         return process.wait()
 
     def close(self) -> None:
-        """Kills the process; a thread that waits for its answer sees the end of the pipe."""
+        """Kills the processes; a thread that waits for their answer sees the end of the pipe."""
         self._closed = True
         if self._process is not None:
-            self._process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
 
 
 def _serve(options: dict[str, Any]) -> None:
-    """The worker's end: one line of JSON a job on standard input, one answer each on standard output."""
+    """The worker: one line of JSON a job on standard input, one answer each on standard output."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints does not get between the answers
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    import torch
-
-    torch.set_num_threads(1)
     module = importlib.import_module(options["module"])
     task: Task = getattr(module, options["function"])
     if options["prepare"] is not None:
         getattr(module, options["prepare"])()
-    limit = options["memory_mb"] << 20
-    _limit_allocations(2 * limit)
-    most = _own_memory("VmHWM") + limit
     _answer(answers, {"value": "ready"})
     for line in sys.stdin.buffer:
-        request = json.loads(line)
-        # The alarm's default action ends the process, though Python may be stuck in C: for a parent that was killed.
-        signal.setitimer(signal.ITIMER_REAL, request["seconds"] + 5)
-        try:
-            value, payload = task(**request["job"])
-            answer = {"value": value}
-        except Exception as error:  # every job gets its answer
-            answer, payload = _described(error, request["job"]["path"]), b""
-        if _own_memory("VmHWM") > most:  # what a decoder gives for want of memory may look whole, or damaged
-            answer, payload = _described(MemoryError(), request["job"]["path"]), b""
-        _answer(answers, answer, payload)
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        request, begin = json.loads(line), time.monotonic()
+        child = os.fork()
+        if child == 0:
+            _do(task, request, options["memory_mb"] << 20, answers)
+            os._exit(0)
+        status = _watch(child, request["seconds"])
+        if status != 0:
+            _answer(answers, {"died": status, "seconds": time.monotonic() - begin})
+
+
+def _watch(child: int, seconds: float) -> int:
+    """Waits for a child, and kills it when its time is over: its exit status, negative for a signal, or _OVERDUE."""
+    begin, left, overdue = time.monotonic(), seconds, False
+    descriptor = os.pidfd_open(child)
+    try:
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        while not poll.poll(left * 1e3):
+            left = seconds - (time.monotonic() - begin - _waited(child))
+            if left <= 0:
+                os.kill(child, signal.SIGKILL)
+                overdue = True
+                break
+            left = max(left, 0.05)
+    finally:
+        os.close(descriptor)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return _OVERDUE if overdue else status
+
+
+def _waited(process: int | str) -> float:
+    """Seconds for which a process was ready to run and no processor was free; 0 where the system does not count."""
+    try:
+        with open(f"/proc/{process}/schedstat", encoding="ascii") as file:
+            return int(file.read().split()[1]) * 1e-9
+    except FileNotFoundError:
+        return 0.0
+
+
+def _do(task: Task, request: dict[str, Any], limit: int, answers: Any) -> None:
+    """The child: one job."""
+    path = request["job"]["path"]
+    most = _own_memory("VmHWM") + limit
+    _limit_allocations(2 * limit)
+    # By default the alarm ends the process, though it be stuck in C; it also ends one that nobody watches any more.
+    signal.setitimer(signal.ITIMER_REAL, _STARVED * request["seconds"])
+    begin, waited = time.monotonic(), _waited("self")
+    try:
+        value, payload = task(**request["job"])
+        answer: dict[str, Any] = {"value": value}
+    except Exception as error:  # every job gets its answer
+        answer, payload = _described(error, path), b""
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    if _own_memory("VmHWM") > most:  # what a decoder gives for want of memory may look whole, or damaged
+        answer, payload = _described(MemoryError(), path), b""
+    answer["seconds"] = time.monotonic() - begin - (_waited("self") - waited)
+    _answer(answers, answer, payload)
 
 
 def _answer(pipe: Any, value: Any, payload: bytes = b"") -> None:
