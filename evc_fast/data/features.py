@@ -114,41 +114,24 @@ def extract_features(
     start = time.monotonic()
     paths = {_checked_id(video_id): os.fspath(path) for video_id, path in videos.items()}
     kind = FeatureKind(towers.fingerprint, towers.name, towers.random_weights, num_frames, towers.image_dim)
-    quarantine = quarantine or Quarantine()
+    settings = {
+        "num_frames": num_frames,
+        "allow_truncated": allow_truncated,
+        "crop": towers.preprocess.crop,
+        "resize": towers.preprocess.resize,
+    }
     with FeatureWriter(folder, kind, resume=resume) as writer:
-        sizes = {video_id: _size(path) for video_id, path in paths.items()}
-        bad = [quarantine[video_id] for video_id in paths if video_id in quarantine]
-        wanted = [video_id for video_id in paths if video_id not in quarantine]
-        reused = [video_id for video_id in wanted if video_id in writer.sizes]
-        _refuse_changed(reused, writer.sizes, sizes, writer.folder)
-        lasting = _FAULTS_OF_THE_FILE - ({TruncatedVideo.__name__} if allow_truncated else set())
-        failed_before = [video_id for video_id in wanted if video_id in writer.failed]
-        settled = {
-            video_id
-            for video_id in failed_before
-            if writer.failed[video_id].kind in lasting and writer.failed_sizes[video_id] == sizes[video_id]
-        }
-        bad += [writer.failed[video_id] for video_id in failed_before if video_id in settled]
+        plan = _plan(paths, writer, quarantine or Quarantine(), allow_truncated)
+        bad, done = list(plan.bad), len(paths) - len(plan.todo)
         Quarantine(bad).require_at_most(max_bad_share, len(paths))
-        # Those tried again come last, so that the others keep their places in the shards.
-        known = {*reused, *failed_before}
-        todo = [video_id for video_id in wanted if video_id not in known]
-        todo += [video_id for video_id in failed_before if video_id not in settled]
-        settings = {
-            "num_frames": num_frames,
-            "allow_truncated": allow_truncated,
-            "crop": towers.preprocess.crop,
-            "resize": towers.preprocess.resize,
-        }
-        jobs = ({"path": paths[video_id], **settings} for video_id in todo)
-        outcomes = run_guarded(
-            sampled_levels, jobs, workers=workers or available_cores(), limits=Limits(timeout_s, memory_mb)
-        )
-        done = len(paths) - len(todo)
         if progress is not None:
             progress(done, len(paths))
-        with closing(outcomes):
-            for chunk in _chunks(todo, _VIDEOS_PER_SHARD):
+        jobs = ({"path": paths[video_id], **settings} for video_id in plan.todo)
+        limits = Limits(timeout_s, memory_mb)
+        with closing(
+            run_guarded(sampled_levels, jobs, workers=workers or available_cores(), limits=limits)
+        ) as outcomes:
+            for chunk in _chunks(plan.todo, _VIDEOS_PER_SHARD):
                 encoder = _BatchEncoder(towers, num_frames)
                 failed: list[Quarantined] = []
                 for video_id in chunk:
@@ -162,23 +145,58 @@ def extract_features(
                     if progress is not None:
                         progress(done, len(paths))
                 bad += failed
-                new = [entry for entry in failed if writer.failed.get(entry.video_id) != entry]
-                names = {entry.video_id for entry in failed}
-                if len(names) == len(chunk) and not new:
-                    continue
-                writer.add(
-                    {video_id: sizes[video_id] for video_id in chunk if video_id not in names},
-                    encoder.finish(),
-                    new,
-                    {entry.video_id: sizes[entry.video_id] for entry in new},
-                )
+                _write(writer, {video_id: plan.sizes[video_id] for video_id in chunk}, encoder.finish(), failed)
         writer.finish()
     order = {video_id: place for place, video_id in enumerate(paths)}
     failures = Quarantine(sorted(bad, key=lambda entry: order[entry.video_id]))
-    seconds = time.monotonic() - start
-    return ExtractionReport(
-        Path(folder), len(paths), len(paths) - len(reused) - len(failures), len(reused), failures, seconds
-    )
+    extracted = len(paths) - len(plan.reused) - len(failures)
+    return ExtractionReport(Path(folder), len(paths), extracted, len(plan.reused), failures, time.monotonic() - start)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be done. sizes: of all files; bad: known beforehand; reused: encoded already; todo: in this order."""
+
+    sizes: Mapping[str, int]
+    bad: Sequence[Quarantined]
+    reused: Sequence[str]
+    todo: Sequence[str]
+
+
+def _plan(paths: Mapping[str, str], writer: FeatureWriter, quarantine: Quarantine, allow_truncated: bool) -> _Plan:
+    sizes = {video_id: _size(path) for video_id, path in paths.items()}
+    wanted = [video_id for video_id in paths if video_id not in quarantine]
+    reused = [video_id for video_id in wanted if video_id in writer.sizes]
+    # Features of a file that has gone are as good as ever; those of one that has changed are not its features.
+    changed = [video_id for video_id in reused if sizes[video_id] not in (writer.sizes[video_id], -1)]
+    if changed:
+        raise FeatureError(
+            f"{len(changed)} video files have changed since their features in {writer.folder} were made, "
+            f"{changed[0]} first: extract with resume=False"
+        )
+    failed_before = [video_id for video_id in wanted if video_id in writer.failed]
+    lasting = _FAULTS_OF_THE_FILE - ({TruncatedVideo.__name__} if allow_truncated else set())
+    settled, again = [], []
+    for video_id in failed_before:
+        same = writer.failed_sizes[video_id] == sizes[video_id]
+        (settled if same and writer.failed[video_id].kind in lasting else again).append(video_id)
+    bad = [quarantine[video_id] for video_id in paths if video_id in quarantine]
+    bad += [writer.failed[video_id] for video_id in settled]
+    known = {*reused, *failed_before}
+    # Those tried again come last, so that the others keep their places in the shards.
+    todo = [video_id for video_id in wanted if video_id not in known] + again
+    return _Plan(sizes, bad, reused, todo)
+
+
+def _write(
+    writer: FeatureWriter, sizes: Mapping[str, int], features: torch.Tensor, failed: Sequence[Quarantined]
+) -> None:
+    """A shard of the videos of `sizes` without those that failed; none where all that it says is known."""
+    names = {entry.video_id for entry in failed}
+    news = [entry for entry in failed if writer.failed.get(entry.video_id) != entry]
+    good = {video_id: size for video_id, size in sizes.items() if video_id not in names}
+    if good or news:
+        writer.add(good, features, news, {entry.video_id: sizes[entry.video_id] for entry in news})
 
 
 class _BatchEncoder:
@@ -316,16 +334,6 @@ def _size(path: str) -> int:
         return os.stat(path).st_size
     except OSError:
         return -1
-
-
-def _refuse_changed(reused: Sequence[str], before: Mapping[str, int], now: Mapping[str, int], folder: Path) -> None:
-    """Features of a file that has gone are as good as ever; those of one that has changed are not its features."""
-    changed = [video_id for video_id in reused if now[video_id] not in (before[video_id], -1)]
-    if changed:
-        raise FeatureError(
-            f"{len(changed)} video files have changed since their features in {folder} were made, {changed[0]} first: "
-            "extract with resume=False"
-        )
 
 
 def _chunks(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
