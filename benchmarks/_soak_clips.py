@@ -232,7 +232,7 @@ def run(count: int, seed: int, progress: Callable[[int, int], None]) -> dict[str
     said = [
         f"Clips: {words}.",
         f"Stopped: at {TIMEOUT_S:g} s, with the error DecodingTimeout; waiting for a processor does not count. The "
-        f"slowest of the others took {slowest:.1f} s, {available_cores()} files at a time; each may take {MEMORY_MB} MB.",
+        f"slowest of the others took {slowest:.1f} s, {available_cores()} files at once; each may hold {MEMORY_MB} MB.",
         f"Mutations that were stopped: {', '.join(stopped) or 'none'}.",
         "Typed errors: " + ", ".join(f"{kind} {number}" for kind, number in kinds.most_common()) + ".",
     ]
