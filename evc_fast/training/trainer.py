@@ -424,10 +424,13 @@ class Trainer:
         self.progress = Progress(**state["progress"])
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
-        generators = saved.tensors["rng"]
-        torch.set_rng_state(generators["cpu"][accelerator.process_index])
+        # Copies: PyTorch 2.13 crashes on a state that is a row of a larger tensor, the first one excepted.
+        generators = {
+            name: states[accelerator.process_index].clone() for name, states in saved.tensors["rng"].items()
+        }
+        torch.set_rng_state(generators["cpu"])
         if accelerator.device.type == "cuda":
-            torch.cuda.set_rng_state(generators["cuda"][accelerator.process_index], accelerator.device)
+            torch.cuda.set_rng_state(generators["cuda"], accelerator.device)
 
     def _fingerprint(self) -> str:
         """Of the data that a run learns from and is judged by."""
