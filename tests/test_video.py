@@ -301,20 +301,15 @@ def test_recording_that_starts_between_key_frames(tmp_path, monkeypatch):
 
 
 def test_a_stream_that_begins_later_is_passed_over(tmp_path):
-    first, second = read_bytes(clip(tmp_path, "mpegts")), str(tmp_path / "sound.ts")
-    with av.open(second, "w") as output:
-        pictures, sound = output.add_stream("libx264", rate=25), output.add_stream("aac", rate=16000)
-        pictures.width, pictures.height, pictures.pix_fmt, sound.layout = WIDTH, HEIGHT, "yuv420p", "mono"
-        for index in range(40):
-            output.mux(pictures.encode(av.VideoFrame.from_ndarray(marked(index), "rgb24")))
-            samples = av.AudioFrame.from_ndarray(np.zeros((1, 640), np.float32), "fltp", "mono")
-            samples.sample_rate, samples.pts = 16000, 640 * index
-            output.mux(sound.encode(samples))
-        output.mux(pictures.encode(None))
-        output.mux(sound.encode(None))
-    sampled = read_frames(io.BytesIO(first + read_bytes(second)), 4)
-    assert sampled.num_decoded == 80
-    assert indices_of(sampled.frames) == [0, 26, 12, 39]
+    # One frame's packet is renumbered: MPEG-TS takes it for a stream of its own, that nothing had announced.
+    data = bytearray(read_bytes(clip(tmp_path, "mpegts", codec_options={"g": "1"})))
+    number = slice(1, 3)  # of a packet's bytes: a bit that says that a frame starts here, and the stream's number
+    starts = [at for at in range(0, len(data), 188) if data[at:][number] == b"\x41\x00"]
+    assert len(starts) == 40
+    data[starts[30] + 2] = 1
+    sampled = read_frames(io.BytesIO(data), 4, allow_truncated=True)
+    assert sampled.num_decoded >= 39
+    assert index_of(sampled.frames[0]) == 0 and index_of(sampled.frames[-1]) == 39
 
 
 def test_only_the_wanted_frames_are_converted(tmp_path, monkeypatch):
