@@ -1,0 +1,104 @@
+"""`python -m evc_fast.data.toy`: renders the toy world and trains its small CLIP."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from evc_fast.data.toy.world import ToyWorld, ToyWorldError, render_world
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; 0 where it succeeded, 1 with a sentence on standard error where it could not."""
+    parser = argparse.ArgumentParser(prog="python -m evc_fast.data.toy", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    render = commands.add_parser("render", help="render clips, captions and world.json into OUT")
+    build = commands.add_parser("build", help="render OUT/world, unless it is there, and train OUT/clip on it")
+    for command in (render, build):
+        command.add_argument("out", type=Path, metavar="OUT")
+        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--limit", type=int, help="clips of each split, for a trial")
+        command.add_argument("--workers", type=int, help="processes that render, one a core by default")
+    build.add_argument("--epochs", type=int, help="passes over the training clips, for a trial")
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "render":
+            _render(options.out, options)
+        else:
+            _build(options.out, options)
+    except (ToyWorldError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; nothing half-written is left", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _render(folder: Path, options: argparse.Namespace) -> ToyWorld:
+    report = _Progress("rendering")
+    return render_world(folder, seed=options.seed, limit=options.limit, workers=options.workers, progress=report)
+
+
+def _build(out: Path, options: argparse.Namespace) -> None:
+    import torch
+
+    from evc_fast.data.clip import ClipTowers
+    from evc_fast.data.toy.assets import make_manifest, save_clip, zero_shot
+    from evc_fast.data.toy.probes import probe_emotions
+    from evc_fast.data.toy.small_clip import ClipRecipe, load_frames, train_clip
+
+    started = time.monotonic()
+    folder = out / "world"
+    out.mkdir(parents=True, exist_ok=True)
+    world = ToyWorld.load(folder) if (folder / "world.json").exists() else _render(folder, options)
+    if world.seed != options.seed:
+        raise ToyWorldError(f"{folder} is of seed {world.seed}, not {options.seed}: name another OUT, or that seed")
+    frames = {split: load_frames(world, split, progress=_Progress(f"reading {split}")) for split in ("train", "test")}
+    recipe = ClipRecipe(seed=options.seed)
+    recipe = recipe if options.epochs is None else replace(recipe, epochs=options.epochs)
+    report = _Progress("training CLIP")
+    model, tokenizer = train_clip(
+        world,
+        recipe,
+        frames=frames["train"],
+        progress=lambda step, steps, loss: report(step, steps, f"loss {loss:.2f}"),
+    )
+    metrics: dict[str, object] = {
+        "probe_emotion_test": probe_emotions(frames["train"], world.of("train"), frames["test"], world.of("test"))
+    }
+    metrics["minutes"] = round((time.monotonic() - started) / 60, 1)
+    metrics["threads"] = torch.get_num_threads()
+    save_clip(model, tokenizer, out / "clip", make_manifest(options.seed, recipe, metrics))
+    # Measured as it is used: the stored weights, through the towers.
+    towers = ClipTowers.from_pretrained(out / "clip")
+    metrics["zero_shot_test"] = zero_shot(towers, frames["test"], world.of("test"))
+    save_clip(model, tokenizer, out / "clip", make_manifest(options.seed, recipe, metrics))
+    for name, value in metrics.items():
+        print(f"{name}: {value}")
+
+
+class _Progress:
+    """One line of progress, rewritten on a terminal, else printed at every tenth part."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.started = time.monotonic()
+        self.shown = -1
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        terminal = sys.stdout.isatty()
+        part = (100 if terminal else 10) * done // total
+        if part == self.shown and done < total:
+            return
+        self.shown = part
+        left = (time.monotonic() - self.started) * (total - done) / done
+        line = f"{self.what}: {done} of {total}, {left:.0f} s left{', ' + note if note else ''}"
+        print(f"\r{line:<78}" if terminal else line, end="" if terminal and done < total else "\n", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
