@@ -82,7 +82,7 @@ def test_coco_json(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("VideoID,Caption\nvid1,a man\n", r"line 1: no column EmCaptions; .*found VideoID, Caption$"),
+        ("VideoID,Caption\nvid1,a man\n", r"line 1: no column EmCaptions; .*found 'VideoID, Caption'$"),
         ("id\tcaption\nvid1\ta man\n", r"line 1: no column VideoID and no column EmCaptions"),
         ("", r"line 1: no column VideoID .*found nothing"),
         ("VideoID,EmCaptions\n", r"holds no captions"),
@@ -260,8 +260,11 @@ def test_hypotheses_in_every_format(tmp_path):
         ('[{"image_id": 1, "caption": "a"}, {"image_id": "1", "caption": "a"}]', r"\[1\]: a second caption of video"),
         ("VideoID,EmCaptions\nvid1,a\nvid1,b\n", r"line 3: a second caption of video 'vid1'"),
         ('{"vid1": ["a"]}', r"'vid1': a caption must be a string"),
-        ('{"per_video": {"vid1": {}}}', r"'vid1': a caption must be a string, found None"),
+        ('{"per_video": {"vid1": {}}}', r"'vid1': a caption must be a string, found 'None'"),
         ('{" ": "a"}', r"the video id is empty"),
+        (r'{"vid1": "a \ud83d"}', r"holds half of a character"),
+        ("[" * 100_000, r"JSON that cannot be read"),
+        ('{"vid1": ' + "9" * 5000 + "}", r"JSON that cannot be read"),
         ("[]", r"holds no captions"),
     ],
 )  # fmt: skip

@@ -146,6 +146,7 @@ def test_vectors_of_an_array_with_its_word_list(tmp_path):
         ("the 1 2 3\nhappy 1 2\n", r"line 2: the vector of 'happy' is 2 wide, expected 3"),
         ("the 1 2 3\nhappy 1 nan 3\n", r"line 2: the vector of 'happy' is not .* finite numbers"),
         ("the 1 2 3\nhappy 1 two 3\n", r"line 2: the vector of 'happy' is not"),
+        ("the 1 2 3\nhappy 1 1e40 3\n", r"line 2: the vector of 'happy' is not"),
         ("<html>\n", r"line 1 is not `word v1 v2 \.\.\.`"),
         (b"PK\x03\x04\xff\xfe binary \x00\n", r"line 1 is not `word"),
         ("", r"has no vector for 3 of 3 words: awed, glad, happy"),

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from evc_fast.data.text_files import parse_json, read_text
+from evc_fast.data.text_files import parse_json, read_text, shortened
 from evc_fast.model.decoders.vocabulary import caption_words
 
 ID_COLUMN, CAPTION_COLUMN = "VideoID", "EmCaptions"
@@ -33,7 +33,9 @@ def read_caption_rows(path: str | os.PathLike[str]) -> list[tuple[str, str]]:
         if not video_id:
             raise CaptionError(f"{where}: the video id is empty")
         if not caption_words(caption):
-            raise CaptionError(f"{where}: the caption of {video_id!r} is empty, or without ASCII letters and digits")
+            raise CaptionError(
+                f"{where}: the caption of {shortened(video_id)} is empty, or without ASCII letters and digits"
+            )
         found.append((video_id, caption))
     if not found:
         raise CaptionError(f"{path} holds no captions")
@@ -53,9 +55,10 @@ def _csv_rows(text: str, path: Path) -> Iterator[tuple[str, str, str]]:
     columns = [name.strip() for name in header]
     missing = [name for name in (ID_COLUMN, CAPTION_COLUMN) if name not in columns]
     if missing:
+        found = shortened(", ".join(columns)) if columns else "nothing"
         raise CaptionError(
             f"{path}, line {line}: no column {' and no column '.join(missing)}; expected the header"
-            f" {ID_COLUMN},{CAPTION_COLUMN}, separated by a comma or a tab, found {', '.join(columns) or 'nothing'}"
+            f" {ID_COLUMN},{CAPTION_COLUMN}, separated by a comma or a tab, found {found}"
         )
     id_column, caption_column = columns.index(ID_COLUMN), columns.index(CAPTION_COLUMN)
     for line, fields in records:
@@ -108,12 +111,12 @@ def _coco_rows(text: str, path: Path) -> Iterator[tuple[str, str, str]]:
     for where, image in _objects(content["images"], f"{path}: images", ("id",)):
         video_id = _identifier(image["id"], where)
         if video_id in known:
-            raise CaptionError(f"{where}: id {video_id!r} comes twice")
+            raise CaptionError(f"{where}: id {shortened(video_id)} comes twice")
         known.add(video_id)
     for where, annotation in _objects(content["annotations"], f"{path}: annotations", ("image_id", "caption")):
         video_id = _identifier(annotation["image_id"], where)
         if video_id not in known:
-            raise CaptionError(f'{where}: unknown image_id {video_id!r}, no entry of "images" has it')
+            raise CaptionError(f'{where}: unknown image_id {shortened(video_id)}, no entry of "images" has it')
         yield where, video_id, _caption(annotation["caption"], where).strip()
 
 
@@ -130,13 +133,13 @@ def _objects(entries: Any, where: str, keys: tuple[str, ...]) -> Iterator[tuple[
 
 def _identifier(value: Any, where: str) -> str:
     if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise CaptionError(f"{where}: an id must be a number or a string, found {value!r}")
+        raise CaptionError(f"{where}: an id must be a number or a string, found {shortened(str(value))}")
     return str(value).strip()
 
 
 def _caption(value: Any, where: str) -> str:
     if not isinstance(value, str):
-        raise CaptionError(f"{where}: a caption must be a string, found {value!r}")
+        raise CaptionError(f"{where}: a caption must be a string, found {shortened(str(value))}")
     return value
 
 
@@ -156,7 +159,9 @@ def read_name_mapping(path: str | os.PathLike[str]) -> dict[str, str]:
                 field.strip() for field in re.split(r"[,\t]" if re.search(r"[,\t]", row) else r"\s+", row.strip())
             ]
             if len(fields) != 2 or not all(fields):
-                raise CaptionError(f"{path}, line {line}: expected a video id and a name, found {row.strip()!r}")
+                raise CaptionError(
+                    f"{path}, line {line}: expected a video id and a name, found {shortened(row.strip())}"
+                )
             rows.append((line, fields))
     column = None
     if rows and ID_COLUMN in rows[0][1]:
@@ -176,7 +181,9 @@ def read_name_mapping(path: str | os.PathLike[str]) -> dict[str, str]:
         video_id, name = fields[column], fields[1 - column]
         for entry in ((True, video_id), (False, name)):
             if entry in lines:
-                raise CaptionError(f"{path}, line {line}: {entry[1]!r} comes twice, first on line {lines[entry]}")
+                raise CaptionError(
+                    f"{path}, line {line}: {shortened(entry[1])} comes twice, first on line {lines[entry]}"
+                )
             lines[entry] = line
         mapping[video_id] = name
     return mapping
@@ -205,7 +212,7 @@ def read_hypotheses(path: str | os.PathLike[str]) -> dict[str, str]:
         if not video_id:
             raise CaptionError(f"{where}: the video id is empty")
         if video_id in found:
-            raise CaptionError(f"{where}: a second caption of video {video_id!r}, expected one a video")
+            raise CaptionError(f"{where}: a second caption of video {shortened(video_id)}, expected one a video")
         found[video_id] = caption
     if not found:
         raise CaptionError(f"{path} holds no captions")
@@ -215,7 +222,7 @@ def read_hypotheses(path: str | os.PathLike[str]) -> dict[str, str]:
 def _rows_of_object(content: dict[str, Any], path: Path) -> Iterator[tuple[str, str, str]]:
     scored = content.get("per_video")
     for video_id, caption in (scored if isinstance(scored, dict) else content).items():
-        where = f"{path}: {video_id!r}"
+        where = f"{path}: {shortened(video_id)}"
         if isinstance(scored, dict):
             caption = caption.get("hypothesis") if isinstance(caption, dict) else None
         yield where, video_id.strip(), _caption(caption, where)

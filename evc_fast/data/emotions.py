@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from evc_fast.data.text_files import read_text
+from evc_fast.data.text_files import read_text, shortened
 from evc_fast.model.decoders.vocabulary import caption_words
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class EmotionDictionary:
 def _one_word(entry: str, where: str) -> str:
     words = caption_words(entry, max_words=None)
     if len(words) != 1:
-        raise EmotionError(f"{where}: expected one word, found {entry.strip()!r}")
+        raise EmotionError(f"{where}: expected one word, found {shortened(entry.strip())}")
     return words[0]
 
 
@@ -194,7 +194,8 @@ def _vectors_of_text(path: Path, words: Iterable[str], dim: int | None) -> dict[
 
 def _parse(values: list[bytes], where: str) -> np.ndarray:
     try:
-        vector = np.array([float(value) for value in values], dtype=np.float32)
+        with np.errstate(over="ignore"):  # it becomes infinite, which is refused below
+            vector = np.array([float(value) for value in values], dtype=np.float32)
     except ValueError:
         vector = np.array([math.nan], dtype=np.float32)
     if not len(vector) or not np.isfinite(vector).all():
@@ -213,7 +214,8 @@ def _vectors_of_array(path: Path, words: Iterable[str], dim: int | None, word_li
         raise EmotionError(f"{path} must hold floating-point numbers [words, dim], found {array.dtype} {array.shape}")
     if dim is not None and array.shape[1] != dim:
         raise EmotionError(f"{path}: the vectors are {array.shape[1]} wide, expected {dim}")
-    listed = read_text(word_list, EmotionError).splitlines()
+    # Only line feeds part lines: words of the large GloVe files hold other separators.
+    listed = read_text(word_list, EmotionError).removesuffix("\n").split("\n")
     if len(listed) != len(array):
         raise EmotionError(f"{word_list} lists {len(listed)} words, {path} holds {len(array)} vectors")
     rows: dict[str, int] = {}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import codecs
+import itertools
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,20 +24,34 @@ def read_text(path: str | os.PathLike[str], error: type[ValueError]) -> str:
 
 
 def parse_json(text: str, path: str | os.PathLike[str], error: type[ValueError]) -> Any:
-    """What JSON text holds; `error` with file and line where it is not JSON, or an object has a key twice."""
+    """What JSON text holds; `error` with file and line where it is not JSON.
 
-    def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    Objects with a key twice are refused, and strings that no UTF-8 file could hold ("\\ud800").
+    """
+
+    def strict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         content = dict(pairs)
         if len(content) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for place, key in enumerate(keys) if key in keys[:place])
-            raise error(f"{path}: {twice!r} comes twice in one object")
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise error(f"{path}: {shortened(twice)} comes twice in one object")
+        for part in itertools.chain.from_iterable(pairs):
+            if isinstance(part, str) and not part.isascii() and any("\ud800" <= letter <= "\udfff" for letter in part):
+                raise error(f"{path}: {shortened(part)} holds half of a character (a lone surrogate)")
         return content
 
     try:
-        return json.loads(text, object_pairs_hook=without_repeats)
+        return json.loads(text, object_pairs_hook=strict)
     except json.JSONDecodeError as problem:
         raise error(f"{path}, line {problem.lineno}: not JSON ({problem.msg})") from None
+    except error:
+        raise
+    except (ValueError, RecursionError) as problem:  # a number of thousands of digits, thousands of brackets
+        raise error(f"{path}: JSON that cannot be read ({problem})") from None
+
+
+def shortened(text: str, most: int = 60) -> str:
+    """What was found, for an error message: quoted, on one line, and not longer than that can be read."""
+    return repr(text if len(text) <= most else f"{text[:most]}...")
 
 
 def listed(names: Iterable[str], most: int = 10) -> str:
