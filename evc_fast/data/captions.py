@@ -184,10 +184,10 @@ def locate_videos(
             files.setdefault(path.stem, []).append(path)
     mapping = mapping or {}
     names = {video_id: mapping.get(video_id, video_id) for video_id in video_ids}
-    missing = [video_id if name == video_id else f"{video_id} ({name})" for video_id, name in names.items()
-               if name not in files]  # fmt: skip
-    if missing:
-        raise CaptionError(f"{folder} has no video file for {len(missing)} of {len(names)} ids: {', '.join(missing)}")
+    lacking = {video_id: name for video_id, name in names.items() if name not in files}
+    if lacking:
+        shown = ", ".join(video_id if name == video_id else f"{video_id} ({name})" for video_id, name in lacking.items())
+        raise CaptionError(f"{folder} has no video file for {len(lacking)} of {len(names)} ids: {shown}")
     for video_id, name in names.items():
         if len(files[name]) > 1:
             found = " and ".join(str(path) for path in files[name])
