@@ -186,7 +186,9 @@ def locate_videos(
     names = {video_id: mapping.get(video_id, video_id) for video_id in video_ids}
     lacking = {video_id: name for video_id, name in names.items() if name not in files}
     if lacking:
-        shown = ", ".join(video_id if name == video_id else f"{video_id} ({name})" for video_id, name in lacking.items())
+        shown = ", ".join(
+            video_id if name == video_id else f"{video_id} ({name})" for video_id, name in lacking.items()
+        )
         raise CaptionError(f"{folder} has no video file for {len(lacking)} of {len(names)} ids: {shown}")
     for video_id, name in names.items():
         if len(files[name]) > 1:
