@@ -50,10 +50,17 @@ def validations(folder: Path) -> list[dict[str, Any]]:
     return [record["scores"] for record in read_log(folder / "log.jsonl") if record["kind"] == "validation"]
 
 
+def counts(folder: Path) -> list[dict[str, Any]]:
+    """What each of two processes has counted."""
+    return [json.loads((folder / f"process-{number}.json").read_text(encoding="utf-8")) for number in range(2)]
+
+
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     done = start(tmp_path / "two", processes=2, sections=UNEVEN)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {"steps": 6, "processes": 2}
+    first, second = counts(tmp_path / "two")
+    assert first == second
+    assert (first["steps"], first["processes"], first["captions"]) == (6, 2, 18)
     Trainer(training_config(tmp_path / "one", **UNEVEN), training_world()).fit()
     one, two = (torch.tensor(losses(tmp_path / name), dtype=torch.float64) for name in ("one", "two"))
     assert_close(two, one, rtol=2e-4, atol=1e-6)
@@ -61,6 +68,22 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     assert len(validations(tmp_path / "two")) == 3
     with pytest.raises(CheckpointError, match="was saved by 2 processes and can only go on with as many"):
         Trainer(training_config(tmp_path / "two", **UNEVEN), training_world()).fit(resume=True)
+
+
+@pytest.mark.slow
+def test_corrupt_videos_are_left_out_by_both_processes(tmp_path: Path) -> None:
+    world = {"num_videos": 40, "corrupt": 2, "max_skipped": 0.05}
+    done = start(tmp_path, processes=2, world=world, sections={"trainer": {"epochs": 1}})
+    assert done.returncode == 0, done.stderr
+    first, second = counts(tmp_path)
+    assert first == second
+    assert first["skipped"] == ["v0", "v1"]
+    assert first["captions"] == 2 * round(0.75 * 38)
+    assert done.stderr.count("v0: UnreadableVideo: made so") == 1
+    assert [entry["id"] for entry in read_log(tmp_path / "log.jsonl")[0]["skipped"]] == ["v0", "v1"]
+    refused = start(tmp_path / "more", processes=2, world=world | {"corrupt": 3})
+    assert refused.returncode != 0
+    assert "3 of 40 videos cannot be used, 7.5%, and 5.0% are allowed" in refused.stderr
 
 
 @pytest.mark.slow

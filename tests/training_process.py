@@ -1,7 +1,7 @@
 """One process of a run that a test starts, by itself or under torchrun: `training_process.py RUN OPTIONS`.
 
 OPTIONS is JSON: "sections" changes the configuration, "world" the data, "resume" resumes; "kill_at" makes the process
-kill itself when that step has been written down. The main process prints the result as JSON.
+kill itself when that step has been written down. Every process writes its counts into RUN/process-N.json.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,8 +29,15 @@ def main(folder: str, options: dict[str, Any]) -> None:
     data = training_world(**options.get("world", {}))
     trainer = Trainer(training_config(folder, **options.get("sections", {})), data, listener=listen)
     result = trainer.fit(resume=options.get("resume", False))
-    if trainer.accelerator.is_main_process:
-        print(json.dumps({"steps": result.steps, "processes": trainer.accelerator.num_processes}))
+    counts = {
+        "steps": result.steps,
+        "processes": trainer.accelerator.num_processes,
+        "captions": len(trainer.batches),
+        "skipped": result.skipped,
+        "best_score": result.best_score,
+    }
+    path = Path(folder, f"process-{trainer.accelerator.process_index}.json")
+    path.write_text(json.dumps(counts), encoding="utf-8")
     trainer.accelerator.end_training()
 
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from evc_fast.data.captions import Caption, CaptionSet, split_by_video
-from evc_fast.data.check import Quarantine
+from evc_fast.data.check import Quarantine, Quarantined
 from evc_fast.data.emotions import EmotionDictionary
 from evc_fast.data.repository import CaptionRepository, distinct_parts
 from evc_fast.training.config import RunConfig
-from evc_fast.training.preparation import RunData
+from evc_fast.training.preparation import RunData, skip_unusable
 
-__all__ = ["MemoryFeatures", "training_config", "training_world", "world_dictionary"]
+__all__ = ["FINGERPRINT", "MemoryFeatures", "training_config", "training_world", "world_dictionary"]
 
 WIDTH, FRAMES = 16, 3
 SUBJECTS, VERBS = ("man", "woman", "dog"), ("runs", "sings", "sleeps", "waits")
@@ -26,10 +26,11 @@ FINGERPRINT = hashlib.sha256(b"training world").hexdigest()
 class MemoryFeatures:
     """What training reads of a feature store."""
 
-    fingerprint, num_frames, width = FINGERPRINT, FRAMES, WIDTH
+    fingerprint = FINGERPRINT
 
     def __init__(self, features: dict[str, Tensor], failed: Quarantine | None = None) -> None:
         self._features = features
+        self.num_frames, self.width = next(iter(features.values())).shape
         self.failed = failed or Quarantine()
 
     @property
@@ -44,8 +45,13 @@ def world_dictionary() -> EmotionDictionary:
     return EmotionDictionary(EMOTIONS)
 
 
-def training_world(num_videos: int = 12, *, share: float = 0.25, retrieval: bool = True) -> RunData:
-    """`num_videos` videos whose features say what their two captions say; `share` of them for validation."""
+def training_world(
+    num_videos: int = 12, *, share: float = 0.25, retrieval: bool = True, corrupt: int = 0, max_skipped: float = 0.1
+) -> RunData:
+    """`num_videos` videos whose features say what their two captions say; `share` of them for validation.
+
+    The first `corrupt` videos have no features; TooManyBadVideos where that is more than `max_skipped` of them.
+    """
     dictionary = world_dictionary()
     captions, features, triplets = [], {}, []
     directions = torch.randn(32, WIDTH, generator=torch.Generator().manual_seed(1))
@@ -73,11 +79,16 @@ def training_world(num_videos: int = 12, *, share: float = 0.25, retrieval: bool
             torch.randn(len(distinct_parts(triplets)[0]), WIDTH, generator=generator),
             encoder_fingerprint=FINGERPRINT,
         )
-    train, validation = CaptionSet(captions), None
+    bad = [Quarantined(f"v{number}", "", "UnreadableVideo", "made so") for number in range(corrupt)]
+    for entry in bad:
+        del features[entry.video_id]
+    store = MemoryFeatures(features, Quarantine(bad))
+    train, skipped = skip_unusable(CaptionSet(captions), store, Quarantine(), max_skipped)
+    validation = None
     if share:
         train, validation = split_by_video(train, share, seed=0)
     vectors = torch.randn(len(dictionary.words), 8, generator=torch.Generator().manual_seed(3))
-    return RunData(train, validation, MemoryFeatures(features), repository, dictionary, vectors)
+    return RunData(train, validation, store, repository, dictionary, vectors, skipped)
 
 
 def training_config(output: object, **sections: Any) -> RunConfig:
