@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import sys
@@ -20,7 +19,7 @@ from evc_fast.data.repository import (
     RepositoryTooSmall,
     distinct_parts,
 )
-from evc_fast.data.repository_index import FlatIndex, IvfPqIndex, learn
+from evc_fast.data.repository_index import FlatIndex, learn
 
 COUNT, WIDTH, PER_VIDEO = 2000, 16, 10
 FINGERPRINT = "f" * 64
@@ -42,8 +41,7 @@ QUERIES = FEATURES[::21].unsqueeze(1) + 0.3 * torch.randn(96, 4, WIDTH, generato
 
 def few(repository: CaptionRepository, probes: int = 8, candidates: int = 64) -> CaptionRepository:
     """The repository with an index that scans and ranks only some, as it does where there are many."""
-    content = dataclasses.replace(repository._index.content, probes=probes, candidates=candidates)
-    repository._index = IvfPqIndex(content, repository._index.features)
+    repository.set_effort(probes=probes, candidates=candidates)
     return repository
 
 
@@ -292,6 +290,22 @@ def test_sizes_follow_the_number_of_captions_and_the_width():
 def test_the_flat_index_keeps_one_copy_and_learns_nothing():
     index = FlatIndex(FEATURES)
     assert index.content is None and torch.equal(index.features, FEATURES)
+
+
+def test_effort(ivfpq, flat, tmp_path):
+    repository = make()
+    repository.save(tmp_path)
+    repository = CaptionRepository.load(tmp_path)
+    repository.set_effort(probes=8)
+    repository.set_effort(candidates=64)
+    assert same(repository.search(QUERIES), ivfpq.search(QUERIES))
+    repository.save(tmp_path)
+    assert json.loads((tmp_path / "manifest.json").read_text())["index"]["probes"] == 8
+    with pytest.raises(ValueError, match="this repository's is flat"):
+        flat.set_effort(probes=8)
+    for wrong in ({"probes": 0}, {"candidates": 2.0}, {"candidates": True}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be an integer of at least 1, not"):
+            repository.set_effort(**wrong)
 
 
 def test_without_faiss_the_error_says_what_to_install(tmp_path, ivfpq, monkeypatch):

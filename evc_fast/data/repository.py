@@ -241,6 +241,17 @@ class CaptionRepository:
             triplet_texts=[[self.triplet(index) for index in row] for row in indices.tolist()],
         )
 
+    def set_effort(self, *, probes: int | None = None, candidates: int | None = None) -> None:
+        """How hard an IVF-PQ index looks, None as before: more finds more of the best captions, and takes longer.
+
+        probes: lists that are scanned; candidates: captions that are then ranked exactly. Kept by `save`. Raises
+        ValueError for numbers below 1, and for a repository whose index is flat and finds all.
+        """
+        _check_effort(probes=probes, candidates=candidates)
+        if not isinstance(self._index, IvfPqIndex):
+            raise ValueError("set_effort is for an IVF-PQ index: this repository's is flat, and always finds the best")
+        self._index.set_effort(probes, candidates)
+
     def triplet(self, index: int) -> Triplet:
         """Subject, predicate and object of caption `index`."""
         subject, predicate, object_ = (self._parts[place] for place in self._part_indices[index].tolist())
@@ -312,6 +323,12 @@ class CaptionRepository:
         if encoder_fingerprint is not None:
             _check_encoder(stored.encoder_fingerprint, encoder_fingerprint)
         return cls(stored)
+
+
+def _check_effort(**counts: int | None) -> None:
+    for argument, value in counts.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{argument} must be an integer of at least 1, not {value!r}")
 
 
 def _check_encoder(built_with: str, wanted: str) -> None:

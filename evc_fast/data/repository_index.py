@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,7 +28,6 @@ _MOST_CODE_BYTES = 64
 # k-means learns from so many captions for each list, and for each value of a code.
 _POINTS_A_LIST, _POINTS_A_LEVEL, _ITERATIONS = 40, 64, 10
 _PROBES, _CANDIDATES = 64, 1024
-_SCORED_AT_ONCE = 2**23  # float64 numbers: 64 MB
 
 
 class CaptionIndex(Protocol):
@@ -177,6 +176,11 @@ class IvfPqIndex:
             self._index.invlists.add_entries(number, end - begin, *pointers)
         self._index.ntotal = count
 
+    def set_effort(self, probes: int | None, candidates: int | None) -> None:
+        """Lists to scan and captions to rank from now on; None as before."""
+        probes, candidates = probes or self.content.probes, candidates or self.content.candidates
+        self.content = replace(self.content, probes=probes, candidates=candidates)
+
     def nearest(
         self, queries: torch.Tensor, own: torch.Tensor, numbers: torch.Tensor, k: int, most_hidden: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -209,10 +213,11 @@ def _best(
     features: torch.Tensor, queries: torch.Tensor, candidates: torch.Tensor, hidden: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of candidates int64 [B, m], ascending, the k best that are not hidden [B, m], and their cosines in float32."""
-    # (5), one row at a time: a matrix product may treat equal rows differently by where they stand.
-    step = max(1, _SCORED_AT_ONCE // (candidates.shape[1] * features.shape[1]))
-    parts = zip(candidates.split(step), queries.split(step), strict=True)
-    cosines = torch.cat([(features[rows] * part[:, None, :]).sum(dim=2).float() for rows, part in parts])
+    # (5); sums of single rows: a matrix product may treat equal rows differently by where they stand. Query by query:
+    # a thousand candidates of one are 4 MB, those of a whole batch leave the caches.
+    pairs = zip(candidates, queries, strict=True)
+    scored = [(features.index_select(0, rows) * query).sum(dim=1) for rows, query in pairs]
+    cosines = torch.stack(scored).float()
     # (6); ascending rows and a stable sort: captions of equal cosine keep the order of the repository.
     order = cosines.masked_fill(hidden, -torch.inf).argsort(dim=1, descending=True, stable=True)[:, :k]
     return candidates.gather(1, order), cosines.gather(1, order)
