@@ -23,6 +23,7 @@ __all__ = [
     "read_captions",
     "read_name_mapping",
     "split_by_video",
+    "video_files",
 ]
 
 _VIDEO_SUFFIXES = {".3gp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4"}
@@ -167,6 +168,12 @@ def split_by_video(captions: CaptionSet, share: float, seed: int) -> tuple[Capti
     return captions.subset(rest), captions.subset(taken)
 
 
+def video_files(folder: str | os.PathLike[str]) -> list[Path]:
+    """The video files anywhere below `folder`, by their suffix (.avi, .mp4, ...), sorted."""
+    paths = sorted(Path(folder).rglob("*"))
+    return [path for path in paths if path.suffix.lower() in _VIDEO_SUFFIXES and path.is_file()]
+
+
 def locate_videos(
     video_ids: Iterable[str], folder: str | os.PathLike[str], mapping: Mapping[str, str] | None = None
 ) -> dict[str, Path]:
@@ -179,9 +186,8 @@ def locate_videos(
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder of videos {folder}")
     files: dict[str, list[Path]] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in _VIDEO_SUFFIXES and path.is_file():
-            files.setdefault(path.stem, []).append(path)
+    for path in video_files(folder):
+        files.setdefault(path.stem, []).append(path)
     mapping = mapping or {}
     names = {video_id: mapping.get(video_id, video_id) for video_id in video_ids}
     lacking = {video_id: name for video_id, name in names.items() if name not in files}
