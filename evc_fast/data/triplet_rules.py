@@ -7,7 +7,6 @@ parser slips on some; a slip that recurs in captions is mended here where the se
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -72,15 +71,12 @@ def triplet_of(doc: Doc) -> Triplet:
 
 def _of_clause(verb: Token, subject: Token | None) -> Triplet:
     """`subject` stands outside of the clause, as the noun that a participle follows; None if it is the verb's own."""
-    state = _state(verb)
-    if state is not None:
-        link, adjective = state
-        return _lemma(subject or _subject(verb)), _lemma(link), _text(adjective)
+    link = _link_of_feeling(verb)
+    if link is not None:
+        return _lemma(subject or _subject(verb)), _lemma(link), verb.lower_
     clause = _clause(verb, subject)
-    predicate = clause.verb
-    if clause.passive:
-        return _lemma(clause.subject), _lemma(predicate), _lemma(clause.object)
-    return _lemma(clause.subject), _lemma(predicate), _lemma(clause.object or _complement(predicate))
+    object_ = clause.object if clause.passive else clause.object or _complement(clause.verb)
+    return _lemma(clause.subject), _lemma(clause.verb), _lemma(object_)
 
 
 # The main clause
@@ -181,23 +177,21 @@ def _inverted_subject(verb: Token) -> Token | None:
     return next((t for t in verb.rights if t.dep_ in ("dobj", "attr", "npadvmod")), None)
 
 
-def _state(verb: Token) -> tuple[Token, Token] | None:
-    """(linking verb, participle) of "is shocked", which the parser may read as a passive."""
-    link = _child(verb, "auxpass")
-    if link is None or _agent(verb) is not None or verb.lower_ not in _FEELINGS:
-        return None
-    return link, verb
+def _link_of_feeling(verb: Token) -> Token | None:
+    """The "is" of "is shocked", which the parser may read as a passive, though nothing shocks."""
+    return _child(verb, "auxpass") if verb.lower_ in _FEELINGS and _agent(verb) is None else None
 
 
 def _object(verb: Token) -> Token | None:
     """Direct object, else indirect one, else that of a clause; a linking verb's complement; shared by joined verbs."""
+    if _child(verb, "expl") is not None:  # what is there is the subject
+        return None
     if verb.lemma_ in _LINKING:
         complement = next((t for t in verb.rights if t.dep_ in ("acomp", "attr", "oprd") and _says(t)), None)
         if complement is None and verb.lemma_ == "be":  # "Is the dog afraid?": the adjective hangs on the noun
             complement = next((t for s in verb.rights if s.dep_ == "nsubj" for t in s.rights if t.pos_ == "ADJ"), None)
-        if complement is not None and _child(verb, "expl") is None:
+        if complement is not None:
             return complement
-        return None
     direct = [t for t in verb.children if t.dep_ == "dobj" and _says(t)]
     if direct:
         return _direct(direct)
@@ -271,7 +265,7 @@ def _complement(verb: Token) -> Token | None:
 
 def _prepositional(token: Token) -> Token | None:
     """The object of the preposition that `token` is, or that an adverb begins ("next to", "out of")."""
-    if token.dep_ not in ("prep", "dative", "agent") and not (token.dep_ == "advmod" and _child(token, "prep")):
+    if token.dep_ not in ("prep", "dative", "agent", "advmod"):
         return None
     noun = _child(token, "pobj")
     if noun is None:
@@ -296,12 +290,8 @@ def _verbless(root: Token) -> Triplet:
 # Words
 
 
-def _children(token: Token, *labels: str) -> Iterator[Token]:
-    return (child for child in token.children if child.dep_ in labels)
-
-
 def _child(token: Token, *labels: str) -> Token | None:
-    return next(_children(token, *labels), None)
+    return next((child for child in token.children if child.dep_ in labels), None)
 
 
 def _says(token: Token, verb: Token | None = None) -> bool:
@@ -309,10 +299,6 @@ def _says(token: Token, verb: Token | None = None) -> bool:
     if token.lower_ == "still" and verb is not None and token.i > verb.i:
         return True
     return token.tag_ not in _QUESTION_TAGS and token.lower_ not in _NOT_ADVERBIAL and token.dep_ != "neg"
-
-
-def _text(token: Token) -> str:
-    return token.lower_
 
 
 def _lemma(token: Token | None) -> str:
