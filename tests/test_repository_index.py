@@ -277,14 +277,14 @@ def test_what_cannot_be_learnt():
 
 def test_sizes_follow_the_number_of_captions_and_the_width():
     unit = torch.nn.functional.normalize(FEATURES, dim=1)
-    assert (learn(unit).probes, learn(unit).candidates) == (64, 1024)
+    assert (learn(unit).probes, learn(unit).candidates) == (64, 256)
     content = learn(unit, probes=5, candidates=9)
     assert content.centroids.shape == (51, WIDTH) and content.codebooks.shape == (16, 256, 1)
     assert content.codes.shape == (COUNT, 16) and content.lists.shape == (COUNT,)
     assert (content.probes, content.candidates) == (5, 9)
-    odd = torch.nn.functional.normalize(torch.randn(300, 134), dim=1)
-    content = learn(odd, lists=4)  # 134 = 2 * 67: the largest divisor up to 64 is 2
-    assert content.codebooks.shape == (2, 256, 67) and len(content.centroids) == 4
+    odd = torch.nn.functional.normalize(torch.randn(300, 262), dim=1)
+    content = learn(odd, lists=4)  # 262 = 2 * 131: the largest divisor up to 128 is 2
+    assert content.codebooks.shape == (2, 256, 131) and len(content.centroids) == 4
 
 
 def test_the_flat_index_keeps_one_copy_and_learns_nothing():

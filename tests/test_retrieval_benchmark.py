@@ -47,8 +47,9 @@ def test_a_small_run(tmp_path, capsys):
         assert record["captions"] == 600 and record["queries"] == 12
         efforts = record["ivfpq"]["efforts"]
         assert [(effort["probes"], effort["candidates"]) for effort in efforts] == list(retrieval.EFFORTS)
-        # 15 lists, 600 captions: all are scanned and ranked from the third on.
-        assert all(effort["recall"] == {"1": 1.0, "4": 1.0, "10": 1.0} for effort in efforts[2:])
+        # 15 lists, 600 captions: with the last effort all are scanned and ranked.
+        assert efforts[-1]["recall"] == {"1": 1.0, "4": 1.0, "10": 1.0} and efforts[-1]["cosine_lost"] == 0
+        assert all(0 < share <= 1 for effort in efforts for share in effort["recall"].values())
         assert all(effort["seconds"]["one"] > 0 and effort["seconds"]["batch"] > 0 for effort in efforts)
     page, printed = (tmp_path / "retrieval.md").read_text(), capsys.readouterr().out
     for text in (page, printed):

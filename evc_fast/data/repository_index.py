@@ -24,10 +24,10 @@ LARGE = 500_000
 
 _ROUNDING = 1e-5  # far above the rounding of a float32 inner product of unit vectors
 _LEVELS = 256  # values of an 8-bit code, so also the least number of captions that codes can be learnt from
-_MOST_CODE_BYTES = 64
+_MOST_CODE_BYTES = 128
 # k-means learns from so many captions for each list, and for each value of a code.
 _POINTS_A_LIST, _POINTS_A_LEVEL, _ITERATIONS = 40, 64, 10
-_PROBES, _CANDIDATES = 64, 1024
+_PROBES, _CANDIDATES = 64, 256
 
 
 class CaptionIndex(Protocol):
@@ -119,13 +119,13 @@ def learn(
 ) -> IvfPqContent:
     """The lists and codes of n captions.
 
-    features: float32 [n, D], of length 1. lists: default 4 sqrt(n), but 39 captions in each on average at least;
-    code_bytes: a divisor of D, default the largest up to 64. Raises ValueError for fewer than 256 captions.
+    features: float32 [n, D], of length 1. lists: default 2 sqrt(n), but 39 captions in each on average at least;
+    code_bytes: a divisor of D, default the largest up to 128. Raises ValueError for fewer than 256 captions.
     """
     count, width = features.shape
     if count < _LEVELS:
         raise ValueError(f"an IVF-PQ index needs at least {_LEVELS} captions to learn from, not {count}")
-    lists = lists or max(1, min(round(4 * math.sqrt(count)), count // 39))
+    lists = lists or max(1, min(round(2 * math.sqrt(count)), count // 39))
     code_bytes = code_bytes or _largest_code(width)
     faiss = import_faiss()
     faiss.omp_set_num_threads(torch.get_num_threads())
@@ -214,7 +214,7 @@ def _best(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of candidates int64 [B, m], ascending, the k best that are not hidden [B, m], and their cosines in float32."""
     # (5); sums of single rows: a matrix product may treat equal rows differently by where they stand. Query by query:
-    # a thousand candidates of one are 4 MB, those of a whole batch leave the caches.
+    # the candidates of one stay in the caches, those of a whole batch do not.
     pairs = zip(candidates, queries, strict=True)
     scored = [(features.index_select(0, rows) * query).sum(dim=1) for rows, query in pairs]
     cosines = torch.stack(scored).float()
@@ -224,7 +224,7 @@ def _best(
 
 
 def _largest_code(width: int) -> int:
-    """The most bytes, up to 64, that divide a feature into parts of one width."""
+    """The most bytes, up to 128, that divide a feature into parts of one width."""
     return max(size for size in range(1, min(width, _MOST_CODE_BYTES) + 1) if width % size == 0)
 
 
