@@ -160,7 +160,7 @@ def check_videos(
     paths = {video_id: os.fspath(path) for video_id, path in videos.items()}
     jobs = [{"path": path, "num_frames": num_frames, "allow_truncated": allow_truncated} for path in paths.values()]
     limits = Limits(timeout_s, memory_mb)
-    outcomes = run_guarded(inspect, jobs, workers=workers or available_cores(), limits=limits)
+    outcomes = run_guarded(inspect, jobs, workers=available_cores() if workers is None else workers, limits=limits)
     checked: list[Checked] = []
     for (video_id, path), outcome in zip(paths.items(), outcomes, strict=True):
         found = outcome.value if not outcome.kind else {"kind": outcome.kind, "reason": outcome.reason}

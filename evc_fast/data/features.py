@@ -129,7 +129,7 @@ def extract_features(
         jobs = ({"path": paths[video_id], **settings} for video_id in plan.todo)
         limits = Limits(timeout_s, memory_mb)
         with closing(
-            run_guarded(sampled_levels, jobs, workers=workers or available_cores(), limits=limits)
+            run_guarded(sampled_levels, jobs, workers=available_cores() if workers is None else workers, limits=limits)
         ) as outcomes:
             for chunk in _chunks(plan.todo, _VIDEOS_PER_SHARD):
                 encoder = _BatchEncoder(towers, num_frames)

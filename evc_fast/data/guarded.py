@@ -147,9 +147,9 @@ def _run(options: dict[str, Any], jobs: Iterable[Mapping[str, Any]], workers: in
         for future in pending:
             future.cancel()
         for worker in crew:
-            worker.close()
+            worker.stop()
         pool.shutdown()
-        for worker in crew:  # one may have been starting just then
+        for worker in crew:
             worker.close()
 
 
@@ -179,7 +179,7 @@ class _Worker:
         except TimeoutError:
             self._kill()
             answer, payload = {"died": _OVERDUE, "seconds": time.monotonic() - begin}, b""
-        except (EOFError, BrokenPipeError):
+        except (EOFError, BrokenPipeError, ValueError):  # ValueError: it was killed in the middle of its answer
             answer, payload = {"died": self._kill(), "seconds": time.monotonic() - begin}, b""
         if "died" not in answer:
             return Outcome(payload=payload, **answer)
@@ -235,20 +235,26 @@ class _Worker:
     def _kill(self) -> int:
         """Ends the worker and its child; the exit status, negative for a signal."""
         process = self._process
-        with contextlib.suppress(ProcessLookupError):  # both have ended
-            os.killpg(process.pid, signal.SIGKILL)
+        if process.returncode is None:  # as long as it was not waited for, its number is its own
+            with contextlib.suppress(ProcessLookupError):  # both have ended
+                os.killpg(process.pid, signal.SIGKILL)
         for pipe in (process.stdin, process.stdout):
             with contextlib.suppress(BrokenPipeError):  # a request that it did not live to read
                 pipe.close()
         return process.wait()
 
-    def close(self) -> None:
-        """Kills the processes; a thread that waits for their answer sees the end of the pipe."""
+    def stop(self) -> None:
+        """From any thread: kills the processes, so that whoever waits for an answer sees the end of the pipe."""
         self._closed = True
-        if self._process is not None:
+        if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+
+    def close(self) -> None:
+        """When no thread uses it any more."""
+        if self._process is not None:
+            self._kill()
+        self._log.close()
 
 
 def _serve(options: dict[str, Any]) -> None:
