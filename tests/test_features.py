@@ -202,6 +202,7 @@ def test_killed_and_resumed_gives_the_same_bytes(clips, towers, tmp_path, small_
     assert contents(broken) == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_two_processes_at_once(clips, towers, tmp_path):
     both = [subprocess.Popen(program(clips, tmp_path), stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = sorted(process.communicate()[0].strip() for process in both)
