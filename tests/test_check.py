@@ -58,19 +58,19 @@ def test_every_video_has_a_verdict(tmp_path):
 
 def test_memory_over_the_limit_is_a_verdict(tmp_path):
     small = encode_clip(tmp_path / "small.mp4", seconds=0.5, width=64, height=64)
-    large = encode_clip(tmp_path / "large.mp4", seconds=0.2, width=2560, height=1440)
-    checked = check_videos({"large": large, "small": small}, workers=1, memory_mb=40)
+    large = encode_clip(tmp_path / "large.mp4", seconds=0.2, width=1280, height=720)
+    checked = check_videos({"large": large, "small": small}, workers=1, memory_mb=32)
     assert [video.kind for video in checked] == ["OutOfMemory", ""]
     assert "large.mp4 takes more memory than the limit" in checked[0].reason
 
 
 def test_truncated_videos_may_be_allowed(tmp_path):
-    whole = encode_clip(tmp_path / "whole.ts", seconds=2, width=96, height=64).read_bytes()
-    (tmp_path / "cut.ts").write_bytes(whole[: int(0.6 * len(whole)) - 50])
-    (allowed,) = check_videos({"cut": tmp_path / "cut.ts"}, workers=1, allow_truncated=True)
+    whole = encode_clip(tmp_path / "whole.mkv", seconds=2, width=96, height=64).read_bytes()
+    (tmp_path / "cut.mkv").write_bytes(whole[: int(0.6 * len(whole))])
+    (allowed,) = check_videos({"cut": tmp_path / "cut.mkv"}, workers=1, allow_truncated=True)
     assert allowed.usable and 0 < allowed.num_decoded < 50
     with pytest.raises(TruncatedVideo):
-        inspect(str(tmp_path / "cut.ts"), 16, allow_truncated=False)
+        inspect(str(tmp_path / "cut.mkv"), 16, allow_truncated=False)
 
 
 def test_quarantine_is_asked_by_id():

@@ -286,7 +286,7 @@ def test_a_decoder_that_crashes_or_hangs(clips, towers, tmp_path, monkeypatch):
     videos = dict(clips)
     for name in ("segfault", "hang", "untyped"):
         videos[name] = shutil.copy(clips["video0"], tmp_path / f"{name}.mp4")
-    report = extract(videos, towers, tmp_path / "store", workers=2, timeout_s=2.0, max_bad_share=0.3)
+    report = extract(videos, towers, tmp_path / "store", timeout_s=2.0, max_bad_share=0.3)
     assert report.extracted == 7
     kinds = {"segfault": "DecoderCrash", "hang": "DecodingTimeout", "untyped": "ZeroDivisionError"}
     assert {entry.video_id: entry.kind for entry in report.failed} == kinds
