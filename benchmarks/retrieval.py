@@ -11,6 +11,8 @@ divides captions into lists can work. A repository of a million captions takes 6
 from __future__ import annotations
 
 import argparse
+import datetime
+import json
 import os
 import sys
 import tempfile
@@ -46,6 +48,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--queries", type=int, default=200, help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=3.0, help="measuring time of a row (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
+    parser.add_argument("--keep", action="store_true", help="keep what the folder's report has of other repositories")
     parser.add_argument(
         "--out",
         type=Path,
@@ -160,6 +163,8 @@ def measure(kind: str, captions: int, arguments: argparse.Namespace, say: Callab
         "width": arguments.width,
         "queries": arguments.queries,
         "load": load,
+        "threads": arguments.threads,
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "cosines": {
             "two_captions": float((pair[0] * pair[1]).sum(dim=1).mean()),
             "query_and_any": float((subject.images[:, 0] @ pair[0].T).mean()),
@@ -206,6 +211,14 @@ def table(record: dict) -> Table:
     return Table(f"{record['captions']:,} captions, {record['features']} features", columns, rows, notes)
 
 
+def with_kept(records: list[dict], path: Path) -> list[dict]:
+    """The records, and those of other repositories in the report at `path`, by size."""
+    made = {(record["captions"], record["features"]) for record in records}
+    before = json.loads(path.read_text(encoding="utf-8"))["records"] if path.exists() else []
+    kept = [record for record in before if (record["captions"], record["features"]) not in made]
+    return sorted([*kept, *records], key=lambda record: (record["captions"], record["features"]))
+
+
 def said(records: list[dict], machine: dict) -> list[str]:
     first = records[0]
     notes = [
@@ -234,7 +247,7 @@ def main(argv: list[str] | None = None) -> int:
     machine = describe("cpu", arguments.threads) | {"kernels_isa": dispatch.cpu_isa()}
     todo = [(kind, captions) for captions in arguments.captions for kind in arguments.features]
     records: list[dict] = []
-    title, report = "Retrieval, measured", {"machine": machine, "records": records}
+    title = "Retrieval, measured"
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("retrieval", total=len(todo))
         for kind, captions in todo:
@@ -244,9 +257,11 @@ def main(argv: list[str] | None = None) -> int:
 
             records.append(measure(kind, captions, arguments, say))
             progress.advance(task)
-            page = [table(record) for record in records]
-            publish(None, arguments.out, "retrieval", title, report, page, said(records, machine))
-    publish(console, arguments.out, "retrieval", title, report, page, said(records, machine))
+            shown = with_kept(records, arguments.out / "retrieval.json") if arguments.keep else records
+            report = {"machine": machine, "records": shown}
+            page = [table(record) for record in shown]
+            publish(None, arguments.out, "retrieval", title, report, page, said(shown, machine))
+    publish(console, arguments.out, "retrieval", title, report, page, said(shown, machine))
     return 0
 
 

@@ -57,6 +57,16 @@ def test_a_small_run(tmp_path, capsys):
         assert "no real CLIP features" in text.replace("\n", " ")
 
 
+def test_a_report_can_grow(tmp_path):
+    argv = ["--captions", "400", "--width", "16", "--queries", "12", "--seconds", "0", "--threads", "1", "--keep"]
+    argv += ["--out", str(tmp_path), "--features"]
+    for kinds in (["random"], ["clustered"], ["random"]):
+        assert retrieval.main([*argv, *kinds]) == 0
+    records = json.loads((tmp_path / "retrieval.json").read_text())["records"]
+    assert [(record["captions"], record["features"]) for record in records] == [(400, "clustered"), (400, "random")]
+    assert (tmp_path / "retrieval.md").read_text().count("400 captions, ") == 2
+
+
 def test_a_busy_machine_is_said():
     record = {"load": 9.0, "width": 8, "queries": 3}
     assert any("load up to 9.0 on 2 cores" in line for line in retrieval.said([record], {"cores": 2}))
