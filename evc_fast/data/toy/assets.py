@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import platform
@@ -46,7 +47,7 @@ def save_clip(model: Any, tokenizer: Any, folder: str | os.PathLike[str], manife
         "image_processor_type": "CLIPImageProcessor",
     }
     try:
-        model.half().save_pretrained(partial)
+        copy.deepcopy(model).half().save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         _write_json(partial / "preprocessor_config.json", preprocessing)
         _write_json(partial / "manifest.json", manifest)

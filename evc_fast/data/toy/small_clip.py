@@ -32,7 +32,9 @@ _SHIFT = 8  # pixels by which training frames are moved at most
 _MAX_SCALE = 50.0  # of the cosines, CLIP's inverse temperature
 # Emotion is small in the picture and counts most.
 _FACT_WEIGHTS = {"subject": 0.5, "action": 0.5, "emotion": 1.0, "place": 0.5}
-_HEAD_RADIUS, _BODY_RADIUS = 14.0, 18.0  # pixels
+_TEXT_BATCH, _TEXT_RATE = 64, 3e-3
+_KEPT, _WHOLE_FROM = 26, 0.6  # patches of a picture that are looked at up to that share of the steps
+_HEAD_RADIUS, _BODY_RADIUS = 16.0, 20.0  # pixels
 _PARTS_OF = {"subject": (0,), "action": (1,), "emotion": (0,)}  # 0 head, 1 body
 
 
@@ -52,6 +54,7 @@ class ClipRecipe:
     clips: int = 64
     frames: int = 1
     epochs: int = 120
+    text_steps: int = 400
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.05
     seed: int = 0
@@ -160,10 +163,12 @@ def train_clip(
 ) -> tuple[Any, Any]:
     """Trains a small CLIP on the training clips of `world`: (CLIPModel in evaluation mode, tokenizer).
 
-    Contrastive: pictures against captions, where a caption is right for every clip of the batch of which it is true,
-    and against the prompts that tell the values of one fact apart. A picture's feature alone would take long to find
-    the face, so for the second half of the loss the patches of the head and of the body read the same prompts: they
-    know of emotion and subject, or of the action, before the class token gathers it.
+    The text tower comes first, and stays as it is: trained together from the start, prompts of one template, nearly one
+    point at first, fall together before the pictures have anything to tell them apart by. The image tower is then
+    trained contrastively: pictures against captions, where a caption is right for every clip of the batch of which it
+    is true, and against the prompts that tell the values of one fact apart. The class token alone would take long to
+    find the face; so the patches of the head and of the body choose among the same prompts, those for emotion and
+    subject, or for the action, before the class token gathers what they know.
     frames: what `load_frames(world, "train")` gives, where it is at hand; None reads them.
     `progress(step, steps, loss)` is called after each step. The same recipe and number of threads give the same model.
     """
@@ -174,15 +179,22 @@ def train_clip(
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         model = make_model(recipe, tokenizer).train()
-        batches = _Batches(world, recipe, load_frames(world, "train") if frames is None else frames)
+        frames = load_frames(world, "train") if frames is None else frames
+        _warm_start(model, frames, recipe)
+        _teach_texts(model, tokenizer, sentences, recipe.text_steps)
+        batches = _Batches(world, recipe, frames)
         optimiser = _make_optimiser(model, recipe)
         steps = recipe.epochs * batches.steps
-        loss_of = _Loss(model, tokenizer, recipe)
+        texts = [*dict.fromkeys(sentence.text for row in sentences.values() for sentence in row)]
+        texts += [prompt for prompts in fact_prompts().values() for prompt in prompts]
+        with torch.no_grad():
+            parts = [encode_texts(model, tokenizer, texts[start : start + 256]) for start in range(0, len(texts), 256)]
+        loss_of = _Loss(model, recipe, dict(zip(texts, torch.cat(parts), strict=True)))
         for step in range(steps):
             for group in optimiser.param_groups:
                 warm = min(1.0, (step + 1) / (0.05 * steps))
                 group["lr"] = recipe.learning_rate * warm * (0.5 + 0.5 * math.cos(math.pi * step / steps)) + 1e-6
-            loss = loss_of(batches.draw(sentences))
+            loss = loss_of(batches.draw(sentences, whole=step > _WHOLE_FROM * steps))
             optimiser.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -197,12 +209,14 @@ class _Batch:
     """What one step sees.
 
     pixel_values: [n, frames, 3, S, S]; facts: name -> labels [n]; parts: bool [n frames, 2, patches], head and body
+    kept: int64 [n frames, p], the patches that are looked at; None: all
     true: [n, texts], 1 where the text is true of the clip, else 0
     """
 
     pixel_values: Tensor
     facts: dict[str, Tensor]
     parts: Tensor
+    kept: Tensor | None
     texts: list[str]
     true: Tensor
 
@@ -221,7 +235,8 @@ class _Batches:
         self.labels = {k: torch.tensor([v.index(getattr(s, k)) for s in self.scenes]) for k, v in FACTS.items()}
         self._order: list[int] = []
 
-    def draw(self, sentences: dict[str, list[Sentence]]) -> _Batch:
+    def draw(self, sentences: dict[str, list[Sentence]], *, whole: bool) -> _Batch:
+        """The next clips; where not `whole`, most of the background is left out, which saves half the time."""
         if len(self._order) < min(self.recipe.clips, len(self.scenes)):
             self._order = torch.randperm(len(self.scenes)).tolist()
         picked, self._order = self._order[: self.recipe.clips], self._order[self.recipe.clips :]
@@ -232,10 +247,13 @@ class _Batches:
             for choice in (*torch.randperm(CAPTIONS)[:2].tolist(), int(torch.randint(CAPTIONS, len(rows), ()))):
                 said.setdefault(rows[choice].text, rows[choice])
         true = [[sentence.is_true_of(self.scenes[index]) for sentence in said.values()] for index in picked]
+        parts = _patches_of(places.flatten(0, 1), self.recipe.patch)
+        kept = None if whole else (parts.sum(1) + torch.rand(parts.shape[::2])).topk(_KEPT, dim=1).indices
         return _Batch(
             pixel_values=pixel_values,
             facts={fact: labels[picked] for fact, labels in self.labels.items()},
-            parts=_patches_of(places.flatten(0, 1), self.recipe.patch),
+            parts=parts,
+            kept=kept,
             texts=list(said),
             true=torch.tensor(true, dtype=torch.float32),
         )
@@ -272,51 +290,118 @@ def _patches_of(places: Tensor, patch: int) -> Tensor:
 class _Loss:
     """The contrastive loss of one batch."""
 
-    def __init__(self, model: Any, tokenizer: Any, recipe: ClipRecipe) -> None:
-        self.model, self.tokenizer, self.recipe = model, tokenizer, recipe
-        self.prompts = fact_prompts()
+    def __init__(self, model: Any, recipe: ClipRecipe, features: dict[str, Tensor]) -> None:
+        self.model, self.recipe = model, recipe
+        self.features = features
+        self.prompts = {fact: torch.stack([features[p] for p in prompts]) for fact, prompts in fact_prompts().items()}
 
     def __call__(self, batch: _Batch) -> Tensor:
-        images, tokens = self._encode_images(batch.pixel_values)
-        everything = [*batch.texts, *(prompt for prompts in self.prompts.values() for prompt in prompts)]
-        features = self._encode_texts(everything)
+        images, tokens, parts = self._encode_images(batch)
         scale = self.model.logit_scale.exp().clamp(max=_MAX_SCALE)
-        logits = scale * images @ features[: len(batch.texts)].T
+        logits = scale * images @ torch.stack([self.features[text] for text in batch.texts]).T
         # Each direction: the mean over all that are right.
         right = batch.true
         of_texts = -(right * logits.log_softmax(0)).sum(0) / right.sum(0)
         of_images = -(right * logits.log_softmax(1)).sum(1) / right.sum(1).clamp_min(1)
         loss = 0.5 * (of_texts.mean() + of_images.mean())
-        start = len(batch.texts)
         for fact, prompts in self.prompts.items():
-            choices = features[start : start + len(prompts)].T
-            start += len(prompts)
+            choices = prompts.T
             loss = loss + _FACT_WEIGHTS[fact] * F.cross_entropy(scale * images @ choices, batch.facts[fact])
             for part in _PARTS_OF.get(fact, ()):
-                weights = batch.parts[:, part].float()
+                weights = parts[:, part].float()
                 labels = batch.facts[fact].repeat_interleave(self.recipe.frames)
                 local = (scale * tokens @ choices).log_softmax(-1)
                 local = -local.gather(2, labels[:, None, None].expand(-1, local.shape[1], 1))[..., 0]
                 loss = loss + _FACT_WEIGHTS[fact] * ((local * weights).sum(1) / weights.sum(1)).mean()
         return loss
 
-    def _encode_images(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """[n, frames, 3, S, S] -> the clips' features [n, D], the patches' before the last layer [n frames, p, D]."""
+    def _encode_images(self, batch: _Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """The clips' features [n, D], the patches' before the last layer [n frames, p, D], and their parts."""
         tower, project = self.model.vision_model, self.model.visual_projection
-        output = tower(pixel_values=pixel_values.flatten(0, 1), output_hidden_states=True)
-        clips = project(output.pooler_output).unflatten(0, pixel_values.shape[:2]).mean(1)
-        patches = project(tower.post_layernorm(output.hidden_states[-2][:, 1:]))
-        return F.normalize(clips, dim=-1), F.normalize(patches, dim=-1)
+        tokens = tower.embeddings(batch.pixel_values.flatten(0, 1))
+        parts = batch.parts
+        if batch.kept is not None:
+            rows = torch.arange(len(tokens))[:, None]
+            tokens = torch.cat([tokens[:, :1], tokens[rows, 1 + batch.kept]], 1)
+            parts = parts[rows[:, None], torch.arange(2)[:, None], batch.kept[:, None]]
+        tokens = tower.pre_layrnorm(tokens)
+        for layer in tower.encoder.layers:
+            before, tokens = tokens, layer(tokens, attention_mask=None)
+        clips = project(tower.post_layernorm(tokens[:, 0])).unflatten(0, batch.pixel_values.shape[:2]).mean(1)
+        patches = project(tower.post_layernorm(before[:, 1:]))
+        return F.normalize(clips, dim=-1), F.normalize(patches, dim=-1), parts
 
-    def _encode_texts(self, texts: list[str]) -> Tensor:
-        ids = self.tokenizer(texts)["input_ids"]
-        longest, end = max(map(len, ids)), self.tokenizer.eos_token_id
-        padded = torch.tensor([row + [end] * (longest - len(row)) for row in ids])
-        return F.normalize(self.model.text_projection(self.model.text_model(input_ids=padded).pooler_output), dim=-1)
+
+def _teach_texts(model: Any, tokenizer: Any, sentences: dict[str, list[Sentence]], steps: int) -> None:
+    """Trains the text tower, before pictures are there: each fact gets a direction at random, and a text is drawn to
+    the sum of those that it states."""
+    codes = torch.linalg.qr(torch.randn(model.config.projection_dim, sum(map(len, FACTS.values())))).Q.T
+    columns = {key: index for index, key in enumerate((f, v) for f, values in FACTS.items() for v in values)}
+
+    def target(sentence: Sentence) -> Tensor:
+        stated = [(fact, getattr(sentence, fact)) for fact in ("action", "emotion", "place")]
+        target = codes[[columns[key] for key in stated if key[1] is not None]].sum(0)
+        if len(sentence.subjects) < len(SUBJECTS):
+            target = target + codes[[columns["subject", name] for name in sentence.subjects]].mean(0)
+        return F.normalize(target, dim=0)
+
+    texts = {sentence.text: sentence for rows in sentences.values() for sentence in rows}
+    texts = list(texts.values())
+    parameters = [*model.text_model.parameters(), *model.text_projection.parameters()]
+    optimiser = torch.optim.AdamW(parameters, lr=_TEXT_RATE, betas=(0.9, 0.98))
+    for step in range(steps):
+        for group in optimiser.param_groups:
+            group["lr"] = _TEXT_RATE * min(1.0, (step + 1) / 20) * (1 - step / steps)
+        picked = [texts[index] for index in torch.randint(len(texts), (_TEXT_BATCH,)).tolist()]
+        features = encode_texts(model, tokenizer, [sentence.text for sentence in picked])
+        loss = (features - torch.stack([target(sentence) for sentence in picked])).square().sum(1).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+
+
+def encode_texts(model: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:
+    """Normalised text features [n, D], with gradients."""
+    ids = tokenizer(list(texts))["input_ids"]
+    longest, end = max(map(len, ids)), tokenizer.eos_token_id
+    padded = torch.tensor([row + [end] * (longest - len(row)) for row in ids])
+    return F.normalize(model.text_projection(model.text_model(input_ids=padded).pooler_output), dim=-1)
+
+
+@torch.no_grad()
+def _warm_start(model: Any, frames: Tensor, recipe: ClipRecipe) -> None:
+    """Starts the image tower where it sees detail and position, which random weights take most of the time to find.
+
+    Patches are projected on their principal components, whitened, so that edges count as much as colours; positions
+    are sines and cosines of row and column; queries equal keys, so that a patch looks at those near and like it.
+    """
+    tower, size, width = model.vision_model, recipe.patch, recipe.width
+    mean, std = 255 * torch.tensor(CLIP_MEAN), 255 * torch.tensor(CLIP_STD)
+    picked = frames.flatten(0, 1)[torch.randint(frames.shape[0] * frames.shape[1], (512,))]
+    patches = ((picked.float() - mean) / std).permute(0, 3, 1, 2).unfold(2, size, size).unfold(3, size, size)
+    patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)  # [n, 3 size^2], as the convolution reads them
+    patches = patches - patches.mean(0)
+    values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+    whitened = vectors[:, -width:] / (values[-width:] + 0.05 * values[-width:].mean()).sqrt()
+    rotation = torch.linalg.qr(torch.randn(width, width)).Q
+    tower.embeddings.patch_embedding.weight.copy_((whitened @ rotation).T.unflatten(1, (3, size, size)))
+
+    side = SIZE // size
+    angles = torch.arange(side)[:, None] * math.pi / side * torch.linspace(0.5, side / 4, width // 4)
+    waves = torch.cat([angles.sin(), angles.cos()], 1)  # [side, width / 2]
+    grid = torch.cat([waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)], 2)
+    tower.embeddings.position_embedding.weight[1:].copy_(grid.flatten(0, 1))
+    for layer in tower.encoder.layers:
+        attention = layer.self_attn
+        torch.nn.init.normal_(attention.q_proj.weight, std=width**-0.5)
+        attention.k_proj.weight.copy_(attention.q_proj.weight)
 
 
 def _make_optimiser(model: Any, recipe: ClipRecipe) -> torch.optim.Optimizer:
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() <= 1]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.dim() > 1]
+    others = [p for p in trained if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98))
