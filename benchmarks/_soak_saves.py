@@ -1,23 +1,24 @@
 """Kill a process that saves checkpoints and models, at random moments, and load what it leaves behind.
 
 The writer saves one after the other, as a trainer does: a checkpoint of three files, then the best model. Every tensor
-and number of one save holds the number of that save, so that a mixture of two would show. It tells through a pipe what
-has been saved for good; what is loaded after the kill must be that or newer.
+and number of one save holds the number of that save, so that a mixture of two would show. It tells what it has saved;
+what is loaded after the kill must be that or newer.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
-import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -26,10 +27,11 @@ from torch import Tensor
 
 from evc_fast.training.checkpoint import CheckpointFolder, link_folder
 
+TITLE = "Kills while checkpoints and models are saved"
+FULL = 200
 GROUPS, TENSORS, ELEMENTS = ("model", "optimiser", "rng"), 6, 40_000  # 3 MB a save
 LONGEST_WAIT_S = 0.25
 """After the writer's first save: several saves fit in it, so that a kill may fall on any moment of one."""
-START_S = 60.0
 
 
 def content(number: int) -> dict[str, Tensor]:
@@ -51,14 +53,69 @@ def save(folder: Path, number: int) -> None:
     link_folder(folder / "best", write, f"step-{number:08d}")
 
 
-def keep_saving(folder: Path, first: int, told: Connection) -> None:
-    """The writer: until it is killed."""
-    torch.set_num_threads(1)
-    number = first
-    while True:
+def keep_saving(folder: Path, first: int) -> None:
+    """The writer: until it is killed. Tells each save that is done."""
+    for number in itertools.count(first):
         save(folder, number)
-        told.send(number)
-        number += 1
+        tell(f"saved {number}")
+
+
+def tell(line: str) -> None:
+    """A line to whoever started this process, in one piece."""
+    os.write(sys.stdout.fileno(), f"{line}\n".encode())
+
+
+def serve() -> None:
+    """Fork a writer for each line "NUMBER FOLDER" of the input, and wait for its end.
+
+    This process has imported everything and computed nothing, so that a writer starts in milliseconds.
+    """
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        first, _, folder = line.rstrip("\n").partition(" ")
+        pid = os.fork()
+        if pid == 0:
+            keep_saving(Path(folder), int(first))
+        tell(f"started {pid}")
+        os.waitpid(pid, 0)
+        tell("ended")
+
+
+@contextlib.contextmanager
+def server() -> Iterator[subprocess.Popen[str]]:
+    """A process that runs `serve`."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, __file__]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        yield process
+    finally:
+        process.stdin.close()
+        process.wait()
+        process.stdout.close()
+
+
+def heard(process: subprocess.Popen[str]) -> list[str]:
+    """The next line, in words. RuntimeError where there is none."""
+    line = process.stdout.readline().split()
+    if not line:
+        raise RuntimeError("the process that starts the writers has ended: see what it printed")
+    return line
+
+
+def save_and_kill(process: subprocess.Popen[str], folder: Path, first: int, wait_s: float) -> int:
+    """Start a writer, kill it `wait_s` seconds after its first save, and return the last save that it told."""
+    process.stdin.write(f"{first} {folder}\n")
+    process.stdin.flush()
+    words = [heard(process), heard(process)]  # the two may come in either order
+    if ["ended"] in words:
+        raise RuntimeError("a writer has ended by itself: see what it printed")
+    told = {word: int(number) for word, number in words}
+    time.sleep(wait_s)
+    os.kill(told["started"], signal.SIGKILL)
+    while (line := heard(process)) != ["ended"]:
+        told["saved"] = int(line[1])
+    return told["saved"]
 
 
 def numbers_of(tensors: dict[str, Tensor]) -> set[int]:
@@ -93,55 +150,35 @@ def left_by_the_kill(folder: Path) -> str:
     return "while the model was saved" if models != 1 else "between saves"
 
 
-def run(count: int, seed: int = 0, progress: Callable[[int, int], None] | None = None) -> dict:
-    """Kill the writer `count` times at moments that `seed` draws; after each kill load, check, and start it again.
-
-    Returns a record: "kills", "loads" (complete ones), "failures" (sentences), "saves" (all that were begun to the
-    end), "moments" (how many kills fell on what), "seconds".
-    """
+def run(count: int, seed: int, progress: Callable[[int, int], None]) -> dict:
+    """Kill the writer `count` times at moments that `seed` draws; after each kill load, check, and start it again."""
     generator = random.Random(seed)
-    # Forked from a process that has imported everything and computed nothing: a writer starts in milliseconds.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["evc_fast.training.checkpoint"])
-    failures: list[str] = []
-    moments: Counter[str] = Counter()
-    start = time.monotonic()
-    newest = loads = 0
-    with tempfile.TemporaryDirectory() as name:
+    violations: list[str] = []
+    kills: Counter[str] = Counter()
+    loads: Counter[str] = Counter()
+    newest = 0
+    with tempfile.TemporaryDirectory() as name, server() as writers:
         folder = Path(name)
         for kill in range(count):
-            ours, theirs = context.Pipe(duplex=False)
-            writer = context.Process(target=keep_saving, args=(folder, newest + 1, theirs), daemon=True)
-            writer.start()
-            theirs.close()
-            try:
-                if not ours.poll(START_S):
-                    raise RuntimeError(f"the writer has saved nothing within {START_S:g} s")
-                told = ours.recv()
-                time.sleep(generator.uniform(0, LONGEST_WAIT_S))
-            finally:
-                os.kill(writer.pid, signal.SIGKILL)
-                writer.join()
-            with contextlib.suppress(EOFError):  # the end of what it told before it was killed
-                while ours.poll():
-                    told = ours.recv()
-            ours.close()
-            moments[left_by_the_kill(folder)] += 1
+            told = save_and_kill(writers, folder, newest + 1, generator.uniform(0, LONGEST_WAIT_S))
+            moment = left_by_the_kill(folder)
+            kills[moment] += 1
             try:
                 newest = load(folder)
                 if newest < told:
                     raise AssertionError(f"save {told} was done, {newest} is the newest that is found")
-                loads += 1
+                loads[moment] += 1
             except (AssertionError, OSError, ValueError) as error:
-                failures.append(f"kill {kill + 1}: {error}")
+                violations.append(f"kill {kill + 1}, {moment}: {error}")
                 newest = max(newest, told) + 1
-            if progress is not None:
-                progress(kill + 1, count)
-    return {
-        "kills": count,
-        "loads": loads,
-        "failures": failures,
-        "saves": newest,
-        "moments": dict(moments),
-        "seconds": time.monotonic() - start,
-    }
+            progress(kill + 1, count)
+    rows = [
+        {"the kill fell": m, "kills": kills[m], "whole checkpoint and model found": loads[m]} for m in sorted(kills)
+    ]
+    rows.append({"the kill fell": "all", "kills": count, "whole checkpoint and model found": loads.total()})
+    said = [f"{newest} saves of {len(GROUPS)} files with {TENSORS} tensors each, and of a model, were finished."]
+    return {"rows": rows, "violations": violations, "said": said}
+
+
+if __name__ == "__main__":
+    serve()

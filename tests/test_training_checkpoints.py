@@ -159,6 +159,22 @@ def test_optimiser_state_goes_there_and_back() -> None:
 
 def test_kills_while_saving_leave_whole_checkpoints() -> None:
     """A fraction of what benchmarks/soak.py runs in full, 200 kills."""
-    record = _soak_saves.run(KILLS, seed=1)
-    assert record["failures"] == []
-    assert record["loads"] == record["kills"] == KILLS
+    seen: list[tuple[int, int]] = []
+    found = _soak_saves.run(KILLS, 1, lambda *counted: seen.append(counted))
+    assert found["violations"] == []
+    assert list(found["rows"][-1].values()) == ["all", KILLS, KILLS]
+    assert seen[-1] == (KILLS, KILLS)
+
+
+def test_the_soak_sees_a_mixture_of_two_saves(tmp_path: Path) -> None:
+    _soak_saves.save(tmp_path, 1)
+    _soak_saves.save(tmp_path, 2)
+    assert _soak_saves.load(tmp_path) == 2
+    old, new = sorted((tmp_path / "checkpoints").iterdir())
+    (new / "rng.safetensors").write_bytes((old / "rng.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=r"rng.safetensors is missing or is not what was written"):
+        _soak_saves.load(tmp_path)
+    (new / "COMPLETE.json").unlink()
+    assert CheckpointFolder(tmp_path / "checkpoints").newest() == old
+    with pytest.raises(AssertionError, match="the best model is of the saves"):
+        _soak_saves.load(tmp_path)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from torch.testing import assert_close
 
 pytest.importorskip("accelerate")
 
+from evc_fast.testing.training_process import run_in_processes
 from evc_fast.testing.training_world import training_config, training_world
 from evc_fast.training.checkpoint import CheckpointError
 from evc_fast.training.logs import read_log
@@ -23,22 +21,11 @@ from evc_fast.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SCRIPT = Path(__file__).with_name("training_process.py")
 # 18 captions in batches of 17: unequal shares, and a last batch of one caption, of which a process has none.
 UNEVEN: dict[str, Any] = {
     "model": {"encoder": {"dropout": 0.0}, "decoder": {"name": "transformer", "dropout": 0.0}},
     "trainer": {"batch_size": 17, "epochs": 3},
 }
-
-
-def start(folder: Path, processes: int = 1, **options: Any) -> subprocess.CompletedProcess[str]:
-    """A run in processes of its own, which find the package where this one does."""
-    launcher = []
-    if processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, *launcher, str(SCRIPT), str(folder), json.dumps(options)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
 
 
 def losses(folder: Path) -> list[list[float]]:
@@ -56,7 +43,7 @@ def counts(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    done = start(tmp_path / "two", processes=2, sections=UNEVEN)
+    done = run_in_processes(tmp_path / "two", processes=2, sections=UNEVEN)
     assert done.returncode == 0, done.stderr
     first, second = counts(tmp_path / "two")
     assert first == second
@@ -73,7 +60,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_corrupt_videos_are_left_out_by_both_processes(tmp_path: Path) -> None:
     world = {"num_videos": 40, "corrupt": 2, "max_skipped": 0.05}
-    done = start(tmp_path, processes=2, world=world, sections={"trainer": {"epochs": 1}})
+    done = run_in_processes(tmp_path, processes=2, world=world, sections={"trainer": {"epochs": 1}})
     assert done.returncode == 0, done.stderr
     first, second = counts(tmp_path)
     assert first == second
@@ -81,7 +68,7 @@ def test_corrupt_videos_are_left_out_by_both_processes(tmp_path: Path) -> None:
     assert first["captions"] == 2 * round(0.75 * 38)
     assert done.stderr.count("v0: UnreadableVideo: made so") == 1
     assert [entry["id"] for entry in read_log(tmp_path / "log.jsonl")[0]["skipped"]] == ["v0", "v1"]
-    refused = start(tmp_path / "more", processes=2, world=world | {"corrupt": 3})
+    refused = run_in_processes(tmp_path / "more", processes=2, world=world | {"corrupt": 3})
     assert refused.returncode != 0
     assert "3 of 40 videos cannot be used, 7.5%, and 5.0% are allowed" in refused.stderr
 
@@ -90,12 +77,12 @@ def test_corrupt_videos_are_left_out_by_both_processes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, processes: int) -> None:
     sections = {"trainer": {"save_every": 2, "epochs": 3}}
-    whole = start(tmp_path / "whole", processes, sections=sections)
+    whole = run_in_processes(tmp_path / "whole", processes, sections=sections)
     assert whole.returncode == 0, whole.stderr
-    killed = start(tmp_path / "killed", processes, sections=sections, kill_at=8)
+    killed = run_in_processes(tmp_path / "killed", processes, sections=sections, kill_at=8)
     assert killed.returncode == (-signal.SIGKILL if processes == 1 else 1), killed.stderr
     assert len(losses(tmp_path / "killed")) == 8
-    resumed = start(tmp_path / "killed", processes, sections=sections, resume=True)
+    resumed = run_in_processes(tmp_path / "killed", processes, sections=sections, resume=True)
     assert resumed.returncode == 0, resumed.stderr
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     assert validations(tmp_path / "killed") == validations(tmp_path / "whole")

@@ -146,7 +146,7 @@ class Trainer:
         # Adam's steps go through accelerate, which skips those whose 16-bit gradients overflowed.
         self._stepper = self.accelerator.prepare_optimizer(self.optimiser)
         if config.trainer.gradient_checkpointing and hasattr(self.model.decoder, "base"):
-            self.model.decoder.base.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.decoder.base.activation_checkpointing_enable()
         self.fingerprint = self._fingerprint()
         self._agree()
         # From here on each process draws its own dropout.
@@ -164,17 +164,25 @@ class Trainer:
             CheckpointError: the checkpoint is damaged, or of another configuration, data or number of processes.
             TrainingError: a loss is not a number.
         """
+        try:
+            self._start(resume)
+            self._run_epochs()
+            return self._finish()
+        finally:
+            if self._run_log is not None:
+                self._run_log.close()
+
+    def _run_epochs(self) -> None:
         trainer = self.config.trainer
-        self._start(resume)
-        stopped = self._stopped
-        while self.sampler.epoch < trainer.epochs and not stopped:
+        while self.sampler.epoch < trainer.epochs and not self._stopped:
             for rows in self.sampler:
                 self._step(rows)
                 if trainer.save_every is not None and self.progress.step % trainer.save_every == 0:
                     self._save()
             self._end_epoch()
-            stopped = self._stopped
             self._save()
+
+    def _finish(self) -> RunResult:
         result = RunResult(
             folder=self.folder,
             best=self.folder / "best",
@@ -182,12 +190,10 @@ class Trainer:
             best_step=self.progress.best_step if self.progress.best_step is not None else self.progress.step,
             steps=self.progress.step,
             epochs=self.sampler.epoch,
-            stopped_early=stopped and self.sampler.epoch < trainer.epochs,
+            stopped_early=self.sampler.epoch < self.config.trainer.epochs,
             skipped=tuple(entry.video_id for entry in self.data.skipped),
         )
         self._record("end", {"epochs": result.epochs, "best_score": result.best_score, "best_step": result.best_step})
-        if self._run_log is not None:
-            self._run_log.close()
         self.accelerator.wait_for_everyone()
         return result
 
@@ -251,7 +257,13 @@ class Trainer:
                 "or take a lower optimiser.lr"
             )
         clip = config.trainer.clip_norm or math.inf
-        norm = float(accelerator.clip_grad_norm_(list(self.names), clip))
+        norm: float | None = float(accelerator.clip_grad_norm_(list(self.names), clip))
+        if not math.isfinite(norm):
+            if accelerator.scaler is None:
+                raise TrainingError(
+                    f"the gradient of step {self.progress.step + 1} has norm {norm}: take a lower optimiser.lr"
+                )
+            norm = None  # of float16: the step is skipped, and gradients are scaled down from here on
         self._stepper.step()
         self.optimiser.zero_grad()
         self.progress.step += 1
@@ -425,9 +437,7 @@ class Trainer:
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
         # Copies: PyTorch 2.13 crashes on a state that is a row of a larger tensor, the first one excepted.
-        generators = {
-            name: states[accelerator.process_index].clone() for name, states in saved.tensors["rng"].items()
-        }
+        generators = {name: states[accelerator.process_index].clone() for name, states in saved.tensors["rng"].items()}
         torch.set_rng_state(generators["cpu"])
         if accelerator.device.type == "cuda":
             torch.cuda.set_rng_state(generators["cuda"], accelerator.device)
