@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
 
 from evc_fast.cli import caption, data, doctor, evaluate, features, index, report, train
-from evc_fast.cli.command import EXIT_CODES
+from evc_fast.cli.command import EXIT_CODES, MARKUP
 
 _HELP = """Emotional video captioning with FACE-net.
 
@@ -26,7 +25,7 @@ def build_app() -> typer.Typer:
         epilog=f"Each command's --help has an example. {EXIT_CODES}",
         no_args_is_help=True,
         pretty_exceptions_enable=False,
-        rich_markup_mode="markdown" if sys.stdout.isatty() else None,
+        rich_markup_mode=MARKUP,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_main)

@@ -15,9 +15,10 @@ def print_plain(result: CaptionResult) -> None:
     """The video's name and `CaptionResult.describe`, emotions with bars of ASCII."""
     print(result.source)
     for line in result.describe().splitlines():
-        print(f"  {line}")
+        rows = [f"  {line}"]
         if line.startswith("emotions: "):
-            print("\n".join(f"    {row}" for row in _bars(result.emotions, "#")))
+            rows = ["  emotions:", *(f"    {row}" for row in _bars(result.emotions, "#"))]
+        print("\n".join(rows))
     print(flush=True)
 
 

@@ -8,7 +8,7 @@ import os
 import sys
 import traceback as tracebacks
 from collections.abc import Callable
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -17,6 +17,9 @@ from evc_fast.cli.console import Console
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 
 EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C."
+
+MARKUP: Literal["markdown"] | None = "markdown" if sys.stdout.isatty() else None
+"""Of help and usage errors: drawn for a terminal, plain lines elsewhere."""
 
 _EXTRAS = {
     "accelerate": "train",
@@ -70,11 +73,20 @@ def command(app: typer.Typer, name: str, *, example: str, resumes: bool = False)
         del run.__wrapped__  # typer reads the signature below instead
         run.__signature__ = inspect.Signature([*own, *shared])
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *shared)}
-        lines = "\n".join(f"  {line}" for line in example.strip().splitlines())
-        app.command(name, epilog=f"Example:\n\n\b\n{lines}\n\n{EXIT_CODES}")(run)
+        app.command(name, epilog=_epilog(example))(run)
         return function
 
     return register
+
+
+def _epilog(example: str) -> str:
+    """The example's lines, each on one of its own, and the exit codes; paragraphs for the terminal, else as it is."""
+    lines = example.strip().splitlines()
+    if MARKUP is None:
+        shown = "\n".join(["Example:\n\n\b", *(f"  {line}" for line in lines)])
+    else:
+        shown = "\n\n".join(["Example:", *(f"`{line}`" for line in lines)])
+    return f"{shown}\n\n{EXIT_CODES}"
 
 
 def report_error(console: Console, error: Exception, traceback: bool = False) -> int:
