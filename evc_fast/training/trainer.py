@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import logging
 import math
 import time
@@ -36,6 +35,7 @@ from evc_fast.training.evaluation import caption_videos_together
 from evc_fast.training.logs import RunLog
 from evc_fast.training.losses import Denominators, face_net_loss
 from evc_fast.training.preparation import RunData, build_model, read_data
+from evc_fast.training.saving import save_captioner
 from evc_fast.training.targets import encode_targets
 
 try:
@@ -77,7 +77,7 @@ class RunResult:
 
     folder: Path
     best: Path
-    """Folder of the best model: ``model/`` (FaceNet.save_pretrained) and ``emotions/``."""
+    """Folder of the best model, which `Captioner.from_pretrained` reads."""
     best_score: float | None
     """Validation CFS of it, in percent; None without validation."""
     best_step: int
@@ -383,10 +383,7 @@ class Trainer:
             return
 
         def write(folder: Path) -> None:
-            self.model.save_pretrained(folder / "model")
-            self.data.dictionary.save(folder / "emotions")
-            text = json.dumps({"step": self.progress.step, "scores": scores}, indent=1) + "\n"
-            (folder / "scores.json").write_text(text, encoding="utf-8")
+            save_captioner(folder, self.model, self.data, self.config, step=self.progress.step, scores=scores)
 
         link_folder(self.folder / "best", write, f"step-{self.progress.step:08d}")
 
