@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import json
 import os
 import platform
@@ -25,10 +26,12 @@ CLIP_ASSETS = Path(__file__).with_name("assets") / "clip"
 """The small CLIP that the package ships: a folder that `ClipTowers.from_pretrained` reads."""
 
 
-def save_clip(model: Any, tokenizer: Any, folder: str | os.PathLike[str], manifest: Mapping[str, object]) -> None:
+def save_clip(
+    model: Any, tokenizer: Any, folder: str | os.PathLike[str], manifest: Mapping[str, object] | None
+) -> None:
     """Writes model, tokenizer, preprocessing and manifest.json to a folder, in place of what it held.
 
-    Weights are stored in float16; the folder appears when it is complete.
+    manifest: None leaves it out. Weights are stored in float16; the folder appears when it is complete.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +53,8 @@ def save_clip(model: Any, tokenizer: Any, folder: str | os.PathLike[str], manife
         copy.deepcopy(model).half().save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         _write_json(partial / "preprocessor_config.json", preprocessing)
-        _write_json(partial / "manifest.json", manifest)
+        if manifest is not None:
+            _write_json(partial / "manifest.json", manifest)
         if folder.exists():
             os.replace(folder, old)
         os.replace(partial, folder)
@@ -59,20 +63,21 @@ def save_clip(model: Any, tokenizer: Any, folder: str | os.PathLike[str], manife
         shutil.rmtree(old, ignore_errors=True)
 
 
-def make_manifest(seed: int, recipe: ClipRecipe, metrics: Mapping[str, object]) -> dict[str, object]:
-    """What manifest.json says: seed, recipe, versions, metrics."""
-    import av
-    import numpy
-    import transformers
+def versions(*others: str) -> dict[str, str]:
+    """Versions of Python, of the packages that every part depends on, and of `others`, for a manifest."""
+    packages = ("torch", "transformers", "numpy", "av", *others)
+    return {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()}
 
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, numpy, av)}
+
+def make_manifest(seed: int, recipe: ClipRecipe, metrics: Mapping[str, object]) -> dict[str, object]:
+    """What manifest.json says of the small CLIP: seed, recipe, versions, metrics."""
     return {
         "what": "a small CLIP of the toy world of evc_fast.data.toy, trained on its training clips only",
         "command": f"python -m evc_fast.data.toy build OUT --seed {seed}",
         "seed": seed,
         "recipe": asdict(recipe),
         "emotion_template": EMOTION_TEMPLATE,
-        "versions": versions | {"python": platform.python_version()},
+        "versions": versions(),
         "metrics": dict(metrics),
     }
 
