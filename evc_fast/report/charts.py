@@ -162,7 +162,7 @@ def curves(chosen: Curves, names: Sequence[str], label: str) -> Markup:
     for place, word in zip(places, chosen.words, strict=True):
         at = f"translate({number(place)} {number(bottom + 14)}) rotate(-45)"
         drawn.append(element("text", _cut(word, 18), transform=at, class_="word"))
-    lowest = bottom + 28 + 5.2 * min(max(map(len, chosen.words)), 18)
+    lowest = bottom + 22 + 5.2 * min(max(map(len, chosen.words)), 18)
     drawn.append(element("text", "emotion word", x=(_LEFT + _WIDTH - _RIGHT) / 2, y=lowest + 8, class_="axis"))
     upwards = f"translate(10 {number((_HEAD + bottom) / 2)}) rotate(-90)"
     drawn.append(element("text", "share of attention", transform=upwards, class_="axis"))
