@@ -368,6 +368,14 @@ def test_many_videos_have_a_table_whose_links_lead_to_them(tmp_path):
     assert len(list(page.all("div", "notes"))) == 2
 
 
+def test_videos_without_a_caption_are_listed(tmp_path):
+    page = read(tmp_path, result(), failed={"<a>.mp4": "it breaks off & ends", "b.mp4": "there is no b.mp4"})
+    reasons = [item.text for item in page.one("section", "failed").all("li")]
+    assert reasons == ["<a>.mp4: it breaks off & ends", "there is no b.mp4"]
+    assert "1 video, 2 more without a caption" in page.one("header").text
+    assert not list(read(tmp_path, result()).all("section", "failed"))
+
+
 def test_one_video_has_no_table_and_its_notes_on_top(tmp_path):
     page = read(tmp_path, result(notes=("first", "second")))
     assert not [node for node in page.all("table") if node.attributes.get("id") == "videos"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from evc_fast.data.files import write_atomically
@@ -14,7 +14,11 @@ __all__ = ["report_page", "write_report"]
 
 
 def write_report(
-    results: Sequence[CaptionResult], path: str | os.PathLike[str], *, title: str = "Emotional video captions"
+    results: Sequence[CaptionResult],
+    path: str | os.PathLike[str],
+    *,
+    title: str = "Emotional video captions",
+    failed: Mapping[str, str] | None = None,
 ) -> None:
     """Write the page of some captions, whole or not at all, in place of one that is there.
 
@@ -23,6 +27,7 @@ def write_report(
             with ``explain=True`` weights, gates and curves; what a result lacks is left out.
         path: of the page; folders that lack are made.
         title: of the page.
+        failed: videos that have no caption, and why; the page lists them.
 
     Raises:
         ValueError: there are no results.
@@ -32,6 +37,6 @@ def write_report(
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"path must be a file to write the report into, {path} is a folder")
-    page = report_page(results, title=title)
+    page = report_page(results, title=title, failed=failed or {})
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, page.encode("utf-8"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import datetime
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import evc_fast
@@ -21,8 +21,8 @@ _NO_WORDS, _NOTHING = "(no words)", "\u2013"
 _ALPHA = "\u03b1"
 
 
-def report_page(results: Sequence[CaptionResult], *, title: str) -> str:
-    """The page as HTML. ValueError without results, TypeError for what is no sequence of them."""
+def report_page(results: Sequence[CaptionResult], *, title: str, failed: Mapping[str, str]) -> str:
+    """The page as HTML; arguments and errors as of `write_report`."""
     if isinstance(results, CaptionResult):
         raise TypeError("results must be a list of caption results, got one result: put it into a list")
     results = list(results)
@@ -37,6 +37,8 @@ def report_page(results: Sequence[CaptionResult], *, title: str) -> str:
     today = datetime.date.today()
     made = element("time", f"{today.day} {today:%B %Y}", datetime=today.isoformat())
     count = f"{len(results)} videos" if several else "1 video"
+    if failed:
+        count += f", {len(failed)} more without a caption"
     body = element(
         "body",
         element(
@@ -49,6 +51,7 @@ def report_page(results: Sequence[CaptionResult], *, title: str) -> str:
         element(
             "main",
             _table(results, names, common) if several else None,
+            _failures(failed),
             *(
                 _section(result, name, number, several, [note for note in result.notes if note not in common])
                 for number, (result, name) in enumerate(zip(results, names, strict=True), 1)
@@ -135,6 +138,14 @@ def _table(results: Sequence[CaptionResult], names: Sequence[str], common: Seque
     )
 
 
+def _failures(failed: Mapping[str, str]) -> Markup | None:
+    if not failed:
+        return None
+    reasons = [reason if source in reason else f"{source}: {reason}" for source, reason in failed.items()]
+    items = [element("li", element("bdi", reason)) for reason in reasons]
+    return _panel("Videos without a caption", None, element("ul", *items), kind="failed")
+
+
 def _section(result: CaptionResult, name: str, number: int, several: bool, notes: Sequence[str]) -> Markup:
     heading = f"caption-{number}"
     back = element("a", "all videos", href="#videos", class_="back") if several else None
@@ -154,9 +165,9 @@ def _section(result: CaptionResult, name: str, number: int, several: bool, notes
     )
 
 
-def _panel(kind: str, heading: str, hint: str | None, *content: Markup | None) -> Markup:
+def _panel(heading: str, hint: str | None, *content: Markup | None, kind: str = "") -> Markup:
     said = None if hint is None else element("p", hint, class_="hint")
-    return element("section", element("h3", heading), said, *content, class_=f"panel {kind}")
+    return element("section", element("h3", heading), said, *content, class_=f"panel {kind}".rstrip())
 
 
 def _picture(picture: Picture, alt: str) -> Markup:
@@ -192,7 +203,7 @@ def _emotions(result: CaptionResult) -> Markup | None:
         left = max(1 - sum(share for _, share in result.emotions), 0.0)
         said = f"The other {others} words share" if others > 1 else "The other word has"
         rest = element("p", f"{said} {percent(left)}.", class_="hint")
-    return _panel("", "Emotions", "The words that fit the whole video best, by the model's classifier.", drawing, rest)
+    return _panel("Emotions", "The words that fit the whole video best, by the model's classifier.", drawing, rest)
 
 
 def _gates(result: CaptionResult) -> Markup | None:
@@ -207,13 +218,13 @@ def _gates(result: CaptionResult) -> Markup | None:
     hint = "How much of each passes on to the decoder: 0 is nothing, 1 is all; the mean |B| of (24) and (25)."
     if len(drawn) == 1:
         hint = "How much of it passes on to the decoder: 0 is nothing, 1 is all; the mean |B| of (24)."
-    return _panel("", "Gates", hint, element("div", *drawn, class_="gauges"))
+    return _panel("Gates", hint, element("div", *drawn, class_="gauges"))
 
 
 def _facts(facts: Sequence[RetrievedFact]) -> Markup:
     """The paper's Fig. 7: words' weights within each triplet as bars, triplets' weights as a pie."""
     if not facts:
-        return _panel("", "Retrieved captions", "None: this model captions without retrieval.")
+        return _panel("Retrieved captions", "None: this model captions without retrieval.")
     weights = [weight for fact in facts for weight in fact.component_weights or ()]
     end = nice_ceiling(max(weights)) if weights else 1.0
     cards = [_fact(fact, rank, end) for rank, fact in enumerate(facts, 1)]
@@ -225,7 +236,7 @@ def _facts(facts: Sequence[RetrievedFact]) -> Markup:
     if None not in shares:
         hint += " Pie: the weight θ of each triplet (15)."
         pie_card = element("li", _pie(facts, shares), class_="whole")
-    return _panel("", "Retrieved captions", hint, element("ol", pie_card, *cards, class_="facts", role="list"))
+    return _panel("Retrieved captions", hint, element("ol", pie_card, *cards, class_="facts", role="list"))
 
 
 def _pie(facts: Sequence[RetrievedFact], shares: Sequence[float]) -> Markup:
@@ -312,7 +323,7 @@ def _curves(result: CaptionResult) -> Markup | None:
     drawing = curves(chosen, names, f"attention to emotion words. {'; '.join(peaks)}")
     frame = element("div", drawing, class_="scroll", tabindex=0, role="region", aria_label="curves of emotions")
     heading = "Emotions that each triplet attends to" if result.retrieved else "Emotions that the video attends to"
-    return _panel("", heading, hint, frame, _numbers(chosen, names))
+    return _panel(heading, hint, frame, _numbers(chosen, names))
 
 
 def _numbers(chosen: Curves, names: Sequence[str]) -> Markup:
@@ -343,7 +354,7 @@ def _timings(result: CaptionResult) -> Markup | None:
     if result.batch_size > 1:
         each = _duration(total / result.batch_size)
         hint = f"{_duration(total)} for the {result.batch_size} videos captioned together, {each} each."
-    return _panel("", "Time", hint, bars(rows, end=max(row.value for row in rows) or 1.0, kind="time"))
+    return _panel("Time", hint, bars(rows, end=max(row.value for row in rows) or 1.0, kind="time"))
 
 
 def _duration(seconds: float) -> str:

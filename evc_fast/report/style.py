@@ -47,19 +47,22 @@ footer { margin-top: 2.5rem; max-width: 46rem; }
 #videos { width: 100%; margin: 1.5rem 0 0; border-collapse: collapse; background: var(--panel); border-radius: .6rem; }
 #videos th, #videos td { padding: .55rem .75rem; text-align: left; vertical-align: middle; font-weight: 400; }
 #videos thead th { color: var(--soft); font-size: .8125rem; vertical-align: bottom; }
-#videos thead .over th { padding-bottom: 0; text-align: center; }
 #videos tbody tr { border-top: 1px solid var(--rule); }
 #videos th[scope=row] { overflow-wrap: anywhere; min-width: 9rem; }
 #videos small { display: block; color: var(--soft); }
 #videos .said { font-family: Georgia, "Liberation Serif", "Times New Roman", serif; font-size: 1.0625rem; }
 #videos .gate { font-variant-numeric: tabular-nums; text-align: right; }
 #videos thead th:nth-last-child(-n+2) { text-align: right; }
+#videos thead .over th { padding-bottom: 0; text-align: center; }
 #videos .thumb { padding-right: 0; width: 5.5rem; }
 #videos img { display: block; width: 4.75rem; height: auto; border-radius: .25rem; }
 .narrow { display: none; }
 
+.failed { margin-top: 1.5rem; font-size: .9375rem; }
+.failed li { margin-top: .4rem; overflow-wrap: anywhere; }
+
 article { margin-top: 2.5rem; scroll-margin-top: 1rem; }
-article + article, #videos + article { border-top: 1px solid var(--rule); padding-top: 2rem; }
+article + article, #videos + article, .failed + article { border-top: 1px solid var(--rule); padding-top: 2rem; }
 .file { color: var(--soft); font-size: .875rem; display: flex; gap: .6rem; align-items: baseline; }
 .file bdi { overflow-wrap: anywhere; }
 .back { margin-left: auto; flex: none; }
@@ -178,7 +181,9 @@ summary { cursor: pointer; color: var(--soft); }
   .panel { border: 1px solid var(--rule); }
   .fact, .whole, .frames, .columns, .bars, .notes, #videos tr { break-inside: avoid; }
   h2, h3, .hint { break-after: avoid; }
-  #videos + article, article + article { break-before: page; border-top: 0; padding-top: 0; margin-top: 0; }
+  #videos + article, .failed + article, article + article {
+    break-before: page; border-top: 0; padding-top: 0; margin-top: 0;
+  }
   .scroll { overflow: visible; }
   .curves { min-width: 0; break-inside: avoid; }
 }
