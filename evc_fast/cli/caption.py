@@ -10,7 +10,7 @@ import typer
 
 from evc_fast.cli import caption_view as view
 from evc_fast.cli import options as o
-from evc_fast.cli.command import FAILED, command
+from evc_fast.cli.command import FAILED, UsageError, command
 from evc_fast.cli.console import Console
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ def caption(
     Shown are emotions, the retrieved captions with their triplets and weights, and the gates of facts and emotions.
     A video that cannot be read does not stop the others; the exit code is 1 then.
     """
+    if report is not None:
+        require_file(report)
     results, failed = caption_all(
         console,
         videos,
@@ -66,7 +68,7 @@ def caption(
         num_emotions=num_emotions,
         pictures=report is not None,
     )
-    page = write_page(results, report) if report is not None and results else None
+    page = write_page(results, report, failed) if report is not None and results else None
     data = {
         "model": model,
         "captions": [result.to_dict() for result in results],
@@ -111,9 +113,15 @@ def caption_all(
     return results, failed
 
 
-def write_page(results: Sequence[CaptionResult], path: Path) -> str:
-    """Writes the HTML page of captions made with `pictures=True`: its path."""
+def require_file(page: Path) -> None:
+    """Raises UsageError where a page cannot be written: before the work rather than after it."""
+    if page.is_dir():
+        raise UsageError(f"{page} is a folder: name the file that the page is written to")
+
+
+def write_page(results: Sequence[CaptionResult], path: Path, failed: Sequence[dict[str, str]]) -> str:
+    """Writes the HTML page of captions made with `pictures=True`, and of what has none: its path."""
     from evc_fast.report import write_report
 
-    write_report(results, path)
+    write_report(results, path, failed={video["source"]: video["reason"] for video in failed})
     return str(path)

@@ -33,11 +33,13 @@ def report(
     It opens offline, and shows pictures, weights, emotion curves and times. The same page as by `evc-fast caption
     --report`, without printing the captions.
     """
+    captioning.require_file(output)
     results, failed = captioning.caption_all(
         console, videos, model, device=device, batch_size=batch_size, num_beams=num_beams, pictures=True
     )
-    page = captioning.write_page(results, output) if results else None
+    page = captioning.write_page(results, output, failed) if results else None
     data = {"report": page, "videos": len(results), "failed": failed}
-    console.show(data, f"{len(results)} videos: {page}" if results else "no page: none of the videos can be read")
+    count = f"{len(results)} video{'s' if len(results) > 1 else ''}"
+    console.show(data, f"{count}: {page}" if results else "no page: none of the videos can be read")
     if failed:
         raise typer.Exit(FAILED)
