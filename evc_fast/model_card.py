@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,13 +14,28 @@ if TYPE_CHECKING:
     from evc_fast.data.repository import CaptionRepository
     from evc_fast.model.captioner import FaceNet
 
-__all__ = ["CaptionData", "FrozenPart", "ModelFacts", "model_card", "part_facts"]
+__all__ = ["CaptionData", "FrozenPart", "ModelFacts", "model_card", "part_facts", "without_path"]
 
 # Licences of frozen parts as their makers state them, by how their names begin on the hub, in lower case.
 _LICENCES = {
     "openai/clip": "MIT, by OpenAI's code repository; its model card calls deployment out of scope",
+    "laion/clip": "MIT",
     "google/flan-t5": "Apache 2.0",
+    "google/t5-v1_1": "Apache 2.0",
+    "google-t5/": "Apache 2.0",
     "facebook/opt": "OPT-175B licence: research, not commercial",
+    "glove.": "PDDL 1.0, where it is the GloVe project's own",
+}
+_MEANINGS = {
+    "Acc_sw": "emotion categories of the captions' words that are among those of the annotators' words",
+    "Acc_c": "captions with such a category, which count less where wrong ones stand beside right ones",
+    "BLEU-1": "words that are in the annotators' captions",
+    **{f"BLEU-{n}": f"runs of up to {n} words that are in the annotators' captions" for n in (2, 3, 4)},
+    "METEOR": "words, stems and synonyms that are in the annotators' captions",
+    "ROUGE-L": "longest sequence of words in common with the annotators' captions",
+    "CIDEr": "runs of words in common, the rarer the weightier; may exceed 100",
+    "BFS": "BLEU by 0.8, Acc_sw and Acc_c by 0.1 each",
+    "CFS": "CIDEr by 0.8, Acc_sw and Acc_c by 0.1 each",
 }
 _UNKNOWN = "not known to evc_fast: look where it came from"
 
@@ -78,11 +95,11 @@ def part_facts(
         "Emotion dictionary": f"{len(dictionary.words)} words in {len(dictionary.categories)} categories",
         "Parameters trained": f"{model.trainable_parameters():,} of {model.all_parameters():,}",
     }
-    frozen = [FrozenPart(clip or "CLIP towers", "features of frames, captions, triplets")]
+    frozen = [FrozenPart(without_path(clip or "CLIP towers"), "features of frames, captions, triplets")]
     if hasattr(decoder, "vocabulary"):
         parts["Decoder"] = f"{decoder.kind}, vocabulary of {len(decoder.vocabulary)} words"
     else:
-        llm = decoder.base.name_or_path or "a language model"
+        llm = without_path(decoder.base.name_or_path or "a language model")
         parts["Decoder"] = f"{llm} ({decoder.family} family), frozen, with LoRA"
         frozen.append(FrozenPart(llm, "writes the caption"))
     if repository is None:
@@ -90,6 +107,8 @@ def part_facts(
     else:
         extractor = repository.triplet_extractor or "not stated"
         parts["Repository"] = f"{len(repository):,} captions; triplets by: {extractor}"
+    if model.encoder.random_emotion_features:
+        parts["Emotion words"] = "random vectors stand in for theirs"
     if model.random_weights:
         parts["Weights"] = "random: this model has not been trained, its words mean nothing"
     return parts, tuple(frozen)
@@ -103,7 +122,9 @@ def model_card(facts: ModelFacts) -> str:
         "of at most 15 words out, with the retrieved captions, triplet weights and emotion words that explain it.",
         "",
     ]
-    lines += [f"> {_text(note)}" for note in facts.notes] + ([""] if facts.notes else [])
+    for note in facts.notes:
+        lines += [f"> **Note.** {_text(note)}", ""]
+    lines += ["    evc-fast caption VIDEO --model FOLDER", ""]
     lines += ["## What it is made of", ""]
     lines += _table(("part", "what"), [(name, what) for name, what in facts.parts.items()], "Not stated.")
     lines += ["## Data", ""]
@@ -119,8 +140,11 @@ def model_card(facts: ModelFacts) -> str:
     ]
     if facts.metrics_of:
         lines += [f"Measured on: {_text(facts.metrics_of)}. In percent.", ""]
-    scores = [(name, "not computed" if value is None else f"{value:.1f}") for name, value in facts.metrics.items()]
-    lines += _table(("metric", "value"), scores, "None were measured.")
+    scores = [
+        (name, "not computed" if value is None else f"{value:.1f}", _MEANINGS.get(name, ""))
+        for name, value in facts.metrics.items()
+    ]
+    lines += _table(("metric", "value", "what it measures"), scores, "None were measured.")
     if facts.settings:
         lines += ["## Training", ""]
         lines += _table(("setting", "value"), [(name, str(value)) for name, value in facts.settings.items()], "")
@@ -146,6 +170,7 @@ _LIMITS = """\
 - How emotions are shown and named differs between cultures, ages and persons; disability, illness and
   neurodivergence change it too. The captions are English, and their authors may come from few backgrounds. For people
   unlike those in the data the model may be wrong more often, and by how much has not been measured.
+- Its frozen parts were trained by others on data of their own and bring the prejudices of those along.
 - It does not hear: speech, music and what was said before are lost, and with them often the reason of an emotion. It
   sees a few frames only.
 - What it says may come from a retrieved caption rather than from the video. It can name persons, actions and emotions
@@ -159,6 +184,11 @@ watch over workers, and not to find out what a person feels who has not agreed t
 European Union the AI Act does so at work and in schools, with few exceptions. It is fit for research on captioning, and
 for describing and searching footage where a person checks what it says.
 """
+
+
+def without_path(name: str) -> str:
+    """A hub's name as it is; of a file or folder its last part, since a card is read on other machines."""
+    return f"{Path(name).name} (a local path)" if os.path.isabs(name) or os.path.exists(name) else name
 
 
 def _licence(name: str) -> str:
@@ -175,5 +205,5 @@ def _table(heads: tuple[str, ...], rows: list[tuple[str, ...]], instead: str) ->
 
 
 def _text(value: str) -> str:
-    """One line in which nothing is Markdown or HTML."""
-    return re.sub(r"([\\`*_\[\]<>|#&])", r"\\\1", " ".join(str(value).split()))
+    """One line in which nothing is Markdown or HTML; underscores inside a word are none."""
+    return re.sub(r"([\\`*\[\]<>|#&]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", " ".join(str(value).split()))
