@@ -9,7 +9,7 @@ from pathlib import Path
 
 from evc_fast.data.captions import CaptionSet
 from evc_fast.model.captioner import FaceNet
-from evc_fast.model_card import CaptionData, ModelFacts, model_card, part_facts
+from evc_fast.model_card import CaptionData, FrozenPart, ModelFacts, model_card, part_facts, without_path
 from evc_fast.model_folder import write_model_folder
 from evc_fast.training.config import CaptionFile, RunConfig
 from evc_fast.training.preparation import RunData
@@ -53,12 +53,17 @@ def run_facts(
 ) -> ModelFacts:
     """What a run knows of the model that it made."""
     parts, frozen = part_facts(model, data.repository, data.dictionary, config.data.clip)
+    if config.data.word_vectors is not None:
+        frozen += (FrozenPart(without_path(config.data.word_vectors), "vectors of the emotion words"),)
     files = config.data.validation_captions or config.data.captions
     validation = () if data.validation is None else (_counted(data.validation, files),)
     beam = config.trainer.num_beams
-    measured = (
-        f"the validation videos, {len(data.validation.video_ids)} of them, step {step}, beam {beam}" if scores else None
-    )
+    measured = None
+    if scores:
+        measured = (
+            f"the validation videos, {len(data.validation.video_ids)} of them, step {step}, beam {beam}; the step was "
+            "chosen by them, so that other videos may score lower"
+        )
     loss, optimiser, trainer = config.loss, config.optimiser, config.trainer
     return ModelFacts(
         training=(_counted(data.train, config.data.captions),),
