@@ -15,7 +15,7 @@ pytest.importorskip("pycocoevalcap", reason="needs the packages of evc-fast[metr
 from evc_fast.data.emotions import EmotionDictionary
 from evc_fast.metrics import METRICS, MetricsError, evaluate
 from evc_fast.metrics.captions import plain_text, score_captions
-from evc_fast.metrics.compare import compare
+from evc_fast.metrics.compare import Difference, compare
 from evc_fast.metrics.meteor import Meteor, MeteorUnavailable, start_meteor
 
 DICTIONARY = EmotionDictionary({"joy": ["happy"], "sadness": ["sad"]})
@@ -31,6 +31,11 @@ GOOD = {video_id: f"a happy {thing} runs in the {place}" for video_id, thing, pl
 POOR = {
     video_id: GOOD[video_id] if number % 2 else "a sad owl sits on a tree" for number, video_id in enumerate(REFERENCES)
 }
+
+
+def test_the_trace_that_bleu_leaves_where_nothing_matches_is_no_difference():
+    assert not Difference(0.014, 0.001, -0.013, -0.017, -0.001).excludes_zero
+    assert Difference(0.0, 0.1, 0.1, 0.05, 0.2).excludes_zero and Difference(0.1, 0.0, -0.1, -0.2, -0.05).excludes_zero
 
 
 def test_a_difference_that_is_there_excludes_zero_and_one_that_is_not_does_not():

@@ -18,6 +18,10 @@ from evc_fast.metrics.scores import Counts, align, check, count, with_hybrids
 __all__ = ["Comparison", "Difference", "compare"]
 
 
+NOTHING = 0.02
+"""In percent: pycocoevalcap's BLEU-4 is up to 100 (1e-15)^(1/4), 0.018, where nothing of four words matches."""
+
+
 @dataclass(frozen=True)
 class Difference:
     """One metric of two runs in percent, second minus first, and the interval of that difference."""
@@ -30,8 +34,8 @@ class Difference:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the whole interval is on one side of 0."""
-        return self.low > 0 or self.high < 0
+        """Whether the whole interval is on one side of 0, further from it than `NOTHING`."""
+        return self.low > NOTHING or self.high < -NOTHING
 
 
 @dataclass(frozen=True)
