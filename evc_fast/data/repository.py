@@ -321,7 +321,7 @@ class CaptionRepository:
         """
         stored = read_repository(folder)
         if encoder_fingerprint is not None:
-            _check_encoder(stored.encoder_fingerprint, encoder_fingerprint)
+            _check_encoder(stored.encoder_fingerprint, encoder_fingerprint, f" in {os.fspath(folder)}")
         return cls(stored)
 
 
@@ -331,10 +331,10 @@ def _check_effort(**counts: int | None) -> None:
             raise ValueError(f"{argument} must be an integer of at least 1, not {value!r}")
 
 
-def _check_encoder(built_with: str, wanted: str) -> None:
+def _check_encoder(built_with: str, wanted: str, place: str = "") -> None:
     if wanted != built_with:
         raise EncoderMismatch(
-            f"the repository was built with the encoder {built_with[:12]}, not with {wanted[:12]}: "
+            f"the repository{place} was built with the encoder {built_with[:12]}, not with {wanted[:12]}: "
             "build it again with the towers that encode the frames"
         )
 

@@ -47,8 +47,10 @@ class Origin:
         self._places[keys] = place
 
     def of(self, keys: Keys) -> str:
-        """The place and the key, "run.yaml, line 3: trainer.epochs"; of the nearest section where the key has none."""
-        places = (self._places.get(keys[:depth]) for depth in range(len(keys), 0, -1))
+        """The place and the key, "run.yaml, line 3: trainer.epochs"; of what is nearest where the key has none."""
+        places = [self._places.get(keys[:depth]) for depth in range(len(keys), 0, -1)]
+        # A section may have been made by an override of a key in it.
+        places += [place for each, place in self._places.items() if each[: len(keys)] == keys]
         place = next(filter(None, places), None)
         return dotted(keys) if place is None else f"{place}: {dotted(keys)}"
 

@@ -20,6 +20,7 @@ from evc_fast.training.config import CaptionFile, ConfigError, DecoderConfig, Ru
 from evc_fast.training.dataset import DataError, FrameFeatures
 
 if TYPE_CHECKING:
+    from evc_fast.data.features import FeatureStore
     from evc_fast.data.repository import CaptionRepository
 
 __all__ = ["RunData", "build_model", "read_data", "skip_unusable"]
@@ -81,7 +82,9 @@ def read_data(config: RunConfig) -> RunData:
 
         repository = CaptionRepository.load(data.repository, features.fingerprint)
     dictionary = EmotionDictionary.default() if data.emotions is None else EmotionDictionary.from_folder(data.emotions)
-    emotion_features = _emotion_features(config, dictionary.words) if encoder.emotion_augmentation else None
+    emotion_features = None
+    if encoder.emotion_augmentation:
+        emotion_features = _emotion_features(config, dictionary.words, features)
     return RunData(train, validation, features, repository, dictionary, emotion_features, skipped)
 
 
@@ -163,7 +166,7 @@ def _build_decoder(config: DecoderConfig, dim: int, data: RunData, device: torch
     return (LSTMDecoder if config.name == "lstm" else TransformerDecoder)(built, vocabulary).to(device)
 
 
-def _emotion_features(config: RunConfig, words: Sequence[str]) -> Tensor:
+def _emotion_features(config: RunConfig, words: Sequence[str], features: FeatureStore) -> Tensor:
     """E_0 (2): word vectors where a file is given, else what CLIP says of the words."""
     data = config.data
     if data.word_vectors is not None:
@@ -172,7 +175,13 @@ def _emotion_features(config: RunConfig, words: Sequence[str]) -> Tensor:
         raise ConfigError("data.word_vectors (a GloVe file) or data.clip (which describes the emotion words) is needed")
     from evc_fast.data.clip import ClipTowers
 
-    return describe_with_clip(words, ClipTowers.from_pretrained(data.clip)).float().cpu()
+    towers = ClipTowers.from_pretrained(data.clip)
+    if towers.fingerprint != features.fingerprint:
+        raise DataError(
+            f"data.clip names other towers ({towers.name}) than those that made the features in {data.features} "
+            f"({features.encoder})"
+        )
+    return describe_with_clip(words, towers).float().cpu()
 
 
 def _read_captions(files: Sequence[CaptionFile]) -> CaptionSet:
