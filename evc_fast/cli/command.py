@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
-from evc_fast.cli.console import Console
+from evc_fast.cli.console import Console, is_main_process
 
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 
@@ -39,11 +39,11 @@ Traceback = Annotated[bool, typer.Option("--traceback", help="Show where in the 
 Function = TypeVar("Function", bound=Callable[..., None])
 
 
-def command(app: typer.Typer, name: str, *, example: str, resumes: bool = False) -> Callable[[Function], Function]:
+def command(app: typer.Typer, name: str, *, example: str, resumes: str = "") -> Callable[[Function], Function]:
     """Makes a function a command of `app`; its first parameter is the `Console`, the others are its options.
 
     example: lines of a shell, shown below the help.
-    resumes: whether the same command, given again, goes on where Ctrl-C has stopped it.
+    resumes: how to go on where Ctrl-C has stopped it, "" where that cannot be.
     """
 
     def register(function: Function) -> Function:
@@ -59,8 +59,9 @@ def command(app: typer.Typer, name: str, *, example: str, resumes: bool = False)
             try:
                 function(console, **options)
             except KeyboardInterrupt:
-                going_on = "; the same command goes on from there" if resumes else ""
-                print(f"\nstopped; nothing half-written is left{going_on}", file=sys.stderr)
+                going_on = f"; {resumes}" if resumes else ""
+                if is_main_process():
+                    print(f"\nstopped; nothing half-written is left{going_on}", file=sys.stderr)
                 raise typer.Exit(INTERRUPTED) from None
             except typer.Exit:
                 raise

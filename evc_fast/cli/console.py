@@ -61,8 +61,9 @@ class Console:
             print(line, file=sys.stderr, flush=True)
 
     def fail(self, sentence: str) -> None:
-        """What went wrong, in red where it is a terminal."""
-        typer.secho(f"error: {sentence}", fg=typer.colors.RED, err=True)
+        """What went wrong, in red where it is a terminal; of several processes each says which one it is."""
+        process = "" if is_main_process() else f" in process {os.environ['RANK']}"
+        typer.secho(f"error{process}: {sentence}", fg=typer.colors.RED, err=True)
 
     @contextmanager
     def progress(self, what: str, unit: str = "") -> Iterator[Update]:
@@ -114,14 +115,16 @@ class _Lines:
         self._unit = f" {unit}" if unit else ""
         self._begin = self._shown = time.monotonic()
         self._first: int | None = None
+        self._ended = False
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
         now = time.monotonic()
         if self._first is None:
             self._first, self._begin = done, now  # what an earlier run had done took no time of this one
-        if done < total and now - self._shown < LINE_SECONDS:
+        ends = done == total and not self._ended
+        if not ends and now - self._shown < LINE_SECONDS:
             return
-        self._shown = now
+        self._shown, self._ended = now, self._ended or ends
         line = f"{self._what}: {done} of {total}{self._unit}"
         passed, here = now - self._begin, done - self._first
         if done == total:
@@ -139,6 +142,11 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(seconds, 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02} min"
+
+
+def counted(number: int, what: str) -> str:
+    """ "1 video", "2 videos"."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def is_main_process() -> bool:

@@ -89,7 +89,8 @@ def stats(
     captions: Annotated[list[Path], typer.Argument(help=o.CAPTIONS_HELP, show_default=False)],
     id_prefix: o.Prefix = "",
     factual: Annotated[
-        list[Path] | None, typer.Option("--factual", help="Factual captions of the same videos, for the second rule.")
+        list[Path] | None,
+        typer.Option("--factual", metavar="<path>", help="Factual captions of the same videos, for the second rule."),
     ] = None,
     emotions: o.Emotions = None,
 ) -> None:

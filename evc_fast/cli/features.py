@@ -19,7 +19,7 @@ evc-fast features --hdf5 clip_features.h5 --output features
 
 
 def register(app: typer.Typer) -> None:
-    command(app, "features", example=_EXAMPLE, resumes=True)(features)
+    command(app, "features", example=_EXAMPLE, resumes="the same command goes on from there")(features)
 
 
 def features(

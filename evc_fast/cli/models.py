@@ -40,13 +40,8 @@ class OpenRun:
             )
         k = self.model.encoder.config.num_triplets
         videos = VideoBatches(video_ids, self.features, self.repository, k)
-        made: dict[str, str] = {}
-        update(0, len(video_ids))
-        for start in range(0, len(video_ids), batch_size):
-            rows = range(start, min(start + batch_size, len(video_ids)))
-            made |= caption_videos(self.model, videos, rows, batch_size=batch_size, num_beams=num_beams)
-            update(len(made), len(video_ids))
-        return made
+        rows = range(len(video_ids))
+        return caption_videos(self.model, videos, rows, batch_size=batch_size, num_beams=num_beams, progress=update)
 
 
 def open_run(folder: Path, features: Path | None, repository: Path | None, device: str) -> OpenRun:

@@ -30,7 +30,9 @@ Clip = Annotated[
         help="CLIP towers: a local folder, a name on the Hugging Face hub, or `toy`, the small CLIP of the package.",
     ),
 ]
-CaptionFiles = Annotated[list[Path] | None, typer.Option("--captions", help=CAPTIONS_HELP, show_default=False)]
+CaptionFiles = Annotated[
+    list[Path] | None, typer.Option("--captions", metavar="<path>", help=CAPTIONS_HELP, show_default=False)
+]
 Prefix = Annotated[
     str, typer.Option("--id-prefix", help="Put before every video id of the captions that lacks it, such as `vid`.")
 ]
@@ -123,10 +125,14 @@ def find_videos(
     """Video id -> file of the videos below folders, or of files given by name; and the ids that have no file.
 
     With captions those videos alone that they are of, with a mapping those that it names; else all, each by its file's
-    name without suffix. Raises UsageError where there are none or two of one name, CaptionError as `locate_videos`.
+    name without suffix. Raises UsageError where there are none or two of one name, CaptionError as `locate_videos`,
+    FileNotFoundError for a path that leads nowhere.
     """
     from evc_fast.data.captions import locate_videos, read_name_mapping, video_files
 
+    nowhere = [str(source) for source in sources if not source.exists()]
+    if nowhere:
+        raise FileNotFoundError(f"there is no file or folder {', '.join(nowhere)}")
     names = None if mapping is None else read_name_mapping(mapping)
     wanted = None
     if captions:

@@ -12,7 +12,7 @@ import typer
 
 from evc_fast.cli import options as o
 from evc_fast.cli.command import UsageError, command
-from evc_fast.cli.console import Console, StageUpdate, is_main_process
+from evc_fast.cli.console import Console, StageUpdate, counted, is_main_process
 
 if TYPE_CHECKING:
     from evc_fast.training.config import RunConfig
@@ -26,7 +26,7 @@ torchrun --nproc-per-node 2 -m evc_fast.cli train my.yaml -o run
 
 
 def register(app: typer.Typer) -> None:
-    command(app, "train", example=_EXAMPLE)(train)
+    command(app, "train", example=_EXAMPLE, resumes="--resume goes on from the run's newest checkpoint")(train)
 
 
 def train(
@@ -47,11 +47,21 @@ def train(
         ),
     ] = None,
     captions: Annotated[
-        list[Path] | None, typer.Option("--captions", help="Training captions: data.captions.", show_default=False)
+        list[Path] | None,
+        typer.Option(
+            "--captions",
+            metavar="<path>",
+            help="Training captions: data.captions; may be given several times.",
+            show_default=False,
+        ),
     ] = None,
     validation: Annotated[
         list[Path] | None,
-        typer.Option("--validation", help="Validation captions; else a share of the training videos is set apart."),
+        typer.Option(
+            "--validation",
+            metavar="<path>",
+            help="Validation captions; else a share of the training videos is set apart.",
+        ),
     ] = None,
     features: Annotated[Path | None, typer.Option("--features", help="By `evc-fast features`: data.features.")] = None,
     repository: Annotated[
@@ -96,7 +106,7 @@ def train(
     o.silence_transformers()
     with console.stages("steps") as update:
         listener = _Listener(console, update, resolved.trainer.epochs)
-        result = Trainer(resolved, listener=listener).fit(resume=resume)
+        result = Trainer(resolved, listener=listener, validating=listener.validating).fit(resume=resume)
     if not is_main_process():
         return
     scores = listener.best_scores
@@ -111,14 +121,16 @@ def train(
         "validation": scores,
         "skipped": list(result.skipped),
     }
-    lines = [f"{result.epochs} epochs, {result.steps} steps" + (", stopped early" if result.stopped_early else "")]
+    lines = [f"{counted(result.epochs, 'epoch')}, {counted(result.steps, 'step')}"]
+    if result.stopped_early:
+        lines[0] += ", stopped early"
     if scores is not None:
         shown = ", ".join(f"{name} {value:.1f}" for name, value in scores.items() if value is not None)
         lines.append(f"best on validation, step {result.best_step}: {shown}")
     elif result.best_score is not None:  # a run that an earlier command had all but finished
         lines.append(f"best on validation, step {result.best_step}: CFS {result.best_score:.1f}")
     if result.skipped:
-        lines.append(f"{len(result.skipped)} videos were not used")
+        lines.append(f"{counted(len(result.skipped), 'video')} not used")
     lines.append(f"model: {result.best}")
     console.show(data, "\n".join(lines))
 
@@ -151,17 +163,18 @@ class _Listener:
         self._console = console
         self._update = update
         self._epochs = epochs
-        self._total = 0
+        self._step = self._total = 0
         self.best_scores: dict[str, float | None] | None = None
 
     def __call__(self, record: dict[str, Any]) -> None:
-        kind = record["kind"]
+        kind, self._step = record["kind"], record["step"]
         if kind == "start":
             self._total = self._epochs * record["batches_an_epoch"]
             self._console.say(
                 f"{'going on at step ' + str(record['step']) if record['resumed'] else 'training'}: "
-                f"{record['captions']} captions of {record['videos']} videos, {record['validation_videos']} for "
-                f"validation, {record['parameters']:,} parameters, {record['processes']} process(es)"
+                f"{counted(record['captions'], 'caption')} of {counted(record['videos'], 'video')}, "
+                f"{record['validation_videos']} for validation, {record['parameters']:,} parameters"
+                + (f", {record['processes']} processes" if record["processes"] > 1 else "")
             )
             self._update("training", record["step"], self._total)
         elif kind == "step":
@@ -173,3 +186,7 @@ class _Listener:
             if record["best"]:
                 self.best_scores, best = record["scores"], ", the best so far"
             self._console.say(f"epoch {record['epoch']}, validation: {shown}{best}")
+
+    def validating(self, done: int, total: int) -> None:
+        """Told of the validation videos that have been captioned."""
+        self._update("training", self._step, self._total, f"validating, {done} of {counted(total, 'video')}")

@@ -176,8 +176,12 @@ def link_folder(link: Path, write: Callable[[Path], None], name: str) -> Path:
         if before is None or path.name != Path(before).name:
             _remove(path)
     folder = home / (name if before is None or Path(before).name != name else f"{name}-again")
-    folder.mkdir()
-    write(folder)
+    try:
+        folder.mkdir()
+        write(folder)
+    except BaseException:  # Ctrl-C and a full disk too
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     for path in sorted(folder.rglob("*"), reverse=True):
         if path.is_file():
             _sync(path)

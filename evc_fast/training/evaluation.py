@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from evc_fast.model.captioner import FaceNet
 from evc_fast.training.dataset import VideoBatches
@@ -22,10 +22,16 @@ def caption_videos(
     batch_size: int = 32,
     num_beams: int = 5,
     max_new_tokens: int = 32,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, str]:
-    """Video id -> caption by beam search, for some videos by their number; without dropout, whatever the mode."""
+    """Video id -> caption by beam search, for some videos by their number; without dropout, whatever the mode.
+
+    progress: `progress(done, total)` before the first batch and after each, in videos.
+    """
     device = next(model.encoder.parameters()).device
     captions: dict[str, str] = {}
+    if progress is not None:
+        progress(0, len(rows))
     for start in range(0, len(rows), batch_size):
         chosen = rows[start : start + batch_size]
         inputs = videos.inputs(chosen)
@@ -33,11 +39,13 @@ def caption_videos(
         inputs = tuple(value if value is None else value.to(device) for value in inputs)
         generated = model.generate(*inputs, num_beams=num_beams, max_new_tokens=max_new_tokens)
         captions.update(zip(ids, model.decoder.decode(generated.ids), strict=True))
+        if progress is not None:
+            progress(len(captions), len(rows))
     return captions
 
 
 def caption_videos_together(
-    model: FaceNet, videos: VideoBatches, accelerator: Accelerator, **options: int
+    model: FaceNet, videos: VideoBatches, accelerator: Accelerator, **options: Any
 ) -> dict[str, str]:
     """All captions, on every process, each of which makes its share; options as of `caption_videos`."""
     from accelerate.utils import gather_object

@@ -96,6 +96,7 @@ class Trainer:
         data: None reads what ``config.data`` names.
         listener: is given every record of log.jsonl, on the main process; "kind" is "start", "step", "validation" or
             "end".
+        validating: is told (done, total) of the videos that a validation captions, on the main process.
 
     Under `torchrun` or `accelerate launch` every process makes one. A step's batch is ``trainer.batch_size`` captions
     whatever the number of processes and of pieces: each loss's denominator is the whole batch's, and gradients are
@@ -106,12 +107,20 @@ class Trainer:
         And what `read_data`, `build_model` and `encode_targets` raise.
     """
 
-    def __init__(self, config: RunConfig, data: RunData | None = None, *, listener: Listener | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        data: RunData | None = None,
+        *,
+        listener: Listener | None = None,
+        validating: Callable[[int, int], None] | None = None,
+    ) -> None:
         if not config.output:
             raise ConfigError("output must be given: the folder of the run")
         self.config = config
         self.folder = Path(config.output)
         self._listener = listener
+        self._validating = validating
         self._run_log: RunLog | None = None
         on_cpu = config.trainer.device == "cpu" or not torch.cuda.is_available()
         if on_cpu and config.trainer.precision == "fp16":
@@ -367,6 +376,7 @@ class Trainer:
             batch_size=trainer.batch_size,
             num_beams=trainer.num_beams,
             max_new_tokens=trainer.max_new_tokens,
+            progress=self._validating if self.accelerator.is_main_process else None,
         )
         scores: list[dict[str, float | None]] = []
         if self.accelerator.is_main_process:
