@@ -16,6 +16,7 @@ from evc_fast.model.output import Explanation
 from evc_fast.report import write_report
 from evc_fast.report.charts import MOST_WORDS, nice_ceiling
 from evc_fast.report.markup import Markup, element, number, percent
+from evc_fast.report.style import STYLE
 from evc_fast.results import STAGES, CaptionResult, Picture, RetrievedFact
 
 VOID = {"img", "meta"}
@@ -452,6 +453,36 @@ def test_a_page_appears_whole_or_not_at_all(tmp_path, monkeypatch):
         write_report([result(seed=1)], path)
     assert path.read_bytes() == before
     assert [child.name for child in path.parent.iterdir()] == ["page.html"]
+
+
+def brightness(colour):
+    """Relative luminance of "#rrggbb", as WCAG has it."""
+    levels = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    red, green, blue = (x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in levels)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(one, other):
+    low, high = sorted((brightness(one), brightness(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_colours_can_be_told_from_their_background():
+    light, dark = (dict(re.findall(r"--(\S+): (#\w{6});", block)) for block in re.findall(r":root {[^}]*}", STYLE)[:2])
+    assert set(dark) == set(light)
+    for colours in (light, dark):
+        series = [colours[f"t{rank}"] for rank in range(1, 7)]
+        for text in (*(colours[name] for name in ("ink", "soft", "fact")), *series):
+            assert contrast(text, colours["panel"]) >= 4.5
+        for text in ("ink", "soft", "fact"):
+            assert contrast(colours[text], colours["page"]) >= 4.5
+        assert contrast(colours["ink"], colours["note"]) >= 4.5
+        assert contrast(colours["note-edge"], colours["page"]) >= 3
+        for area in series:
+            assert contrast(area, colours["on"]) >= 4.5  # the number in a slice
+            assert contrast(area, colours["track"]) >= 3
+        for area in ("emotion", "fact", "time"):
+            assert contrast(colours[area], colours["track"]) >= 3
 
 
 def test_elements_escape_what_is_not_markup():

@@ -75,7 +75,8 @@ def report_page(results: Sequence[CaptionResult], *, title: str, failed: Mapping
 
 _READING = (
     "Bars, weights and curves show how a caption was computed, not that it is true, and nothing of what anybody feels: "
-    "they rest on the words that people wrote beside similar pictures."
+    "they rest on the words that people wrote beside similar pictures. Numbers in brackets are the equations of the "
+    "paper that describes FACE-net."
 )
 
 
@@ -272,7 +273,7 @@ def _fact(fact: RetrievedFact, rank: int, end: float) -> Markup:
     if fact.triplet_weight is not None:
         figures.append(("weight θ", percent(fact.triplet_weight)))
     if fact.routing_weight is not None:
-        figures.append(("routed, mean over frames (26)", percent(fact.routing_weight)))
+        figures.append(("mean routing weight (26)", percent(fact.routing_weight)))
     terms = [element("div", element("dt", name), element("dd", value)) for name, value in figures]
     return element(
         "li",
@@ -312,8 +313,8 @@ def _curves(result: CaptionResult) -> Markup | None:
     for name, row in zip(names, chosen.shares, strict=True):
         best = max(range(len(row)), key=lambda index: row[index])
         peaks.append(f"{name}: most at {chosen.words[best]}, {percent(row[best])}")
-    whose = "each triplet attends to" if result.retrieved else "the video attends to"
-    hint = f"How much of the attention of (19) each emotion word gets: what {whose}. "
+    whose = "each triplet" if result.retrieved else "the video"
+    hint = f"The attention of (19): how much of it {whose} gives to each emotion word. "
     if len(chosen.words) < chosen.total:
         hint += f"Drawn: the {len(chosen.words)} of {chosen.total} words with the highest peaks, largest mean first. "
     else:
@@ -322,8 +323,7 @@ def _curves(result: CaptionResult) -> Markup | None:
         hint += "Dashed: the mean of the triplets."
     drawing = curves(chosen, names, f"attention to emotion words. {'; '.join(peaks)}")
     frame = element("div", drawing, class_="scroll", tabindex=0, role="region", aria_label="curves of emotions")
-    heading = "Emotions that each triplet attends to" if result.retrieved else "Emotions that the video attends to"
-    return _panel(heading, hint, frame, _numbers(chosen, names))
+    return _panel(f"Emotions that {whose} attends to", hint, frame, _numbers(chosen, names))
 
 
 def _numbers(chosen: Curves, names: Sequence[str]) -> Markup:

@@ -48,7 +48,7 @@ footer { margin-top: 2.5rem; max-width: 46rem; }
 #videos th, #videos td { padding: .55rem .75rem; text-align: left; vertical-align: middle; font-weight: 400; }
 #videos thead th { color: var(--soft); font-size: .8125rem; vertical-align: bottom; }
 #videos tbody tr { border-top: 1px solid var(--rule); }
-#videos th[scope=row] { overflow-wrap: anywhere; min-width: 9rem; }
+#videos th[scope=row] { overflow-wrap: anywhere; min-width: 9rem; width: 20%; }
 #videos small { display: block; color: var(--soft); }
 #videos .said { font-family: Georgia, "Liberation Serif", "Times New Roman", serif; font-size: 1.0625rem; }
 #videos .gate { font-variant-numeric: tabular-nums; text-align: right; }
@@ -170,21 +170,31 @@ summary { cursor: pointer; color: var(--soft); }
   #videos .thumb { grid-column: 1; grid-row: 1 / span 4; width: auto; }
   #videos tbody .gate { grid-column: 2; text-align: left; }
   #videos tbody .gate + .gate { grid-column: 3; grid-row: 4; }
+  #videos th[scope=row] { min-width: 0; width: auto; }
+  .bars li { grid-template-columns: minmax(4.5rem, 6.5rem) 1fr 4.2rem; }
   .narrow { display: inline; color: var(--soft); }
 }
 @media (prefers-reduced-motion: reduce) { html { scroll-behavior: auto; } }
 @media print {
   :root { --page: #ffffff; }
-  @page { margin: 14mm; }
-  body { padding: 0; max-width: none; font-size: 10pt; }
+  @page { margin: 12mm; }
+  html { font-size: 9.5pt; }
+  body { padding: 0; max-width: none; }
+  .facts { grid-template-columns: repeat(3, 1fr); }
+  .fact .bars li { grid-template-columns: 5.4rem 1fr 3.4rem; }
+  .facts, .columns { gap: .6rem; }
+  .columns { margin-bottom: .7rem; }
+  .panel { padding: .7rem .9rem; margin-bottom: .7rem; }
+  .bars { gap: .25rem; }
   .back, details { display: none; }
   .panel { border: 1px solid var(--rule); }
-  .fact, .whole, .frames, .columns, .bars, .notes, #videos tr { break-inside: avoid; }
-  h2, h3, .hint { break-after: avoid; }
+  .panel, .fact, .whole, .frames, .columns, .notes, #videos tr { break-inside: avoid; }
+  .panel:has(.facts) { break-inside: auto; }
+  h2, h3, h3 + .hint { break-after: avoid; }
   #videos + article, .failed + article, article + article {
     break-before: page; border-top: 0; padding-top: 0; margin-top: 0;
   }
   .scroll { overflow: visible; }
-  .curves { min-width: 0; break-inside: avoid; }
+  .curves { min-width: 0; width: 80%; margin: 0 auto; }
 }
 """
