@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -48,7 +49,7 @@ def clip_folder(tmp_path_factory):
     return folder
 
 
-def tiny_captioner(clip, decoder="transformer", **options):
+def tiny_captioner(clip, decoder="transformer", encoder_fields=None, **options):
     towers = ClipTowers.from_pretrained(clip)
     encoder_config = FaceNetConfig(
         video_dim=towers.image_dim,
@@ -61,17 +62,20 @@ def tiny_captioner(clip, decoder="transformer", **options):
         num_heads=2,
         num_emotions=len(DICTIONARY.words),
         emotion_dim=9,
+        **(encoder_fields or {}),
     )
+    augmented, retrieval = encoder_config.emotion_augmentation, encoder_config.retrieval
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        encoder = FaceNetEncoder(encoder_config, torch.randn(len(DICTIONARY.words), 9))
+        encoder = FaceNetEncoder(encoder_config, torch.randn(len(DICTIONARY.words), 9) if augmented else None)
     vocabulary = Vocabulary.from_captions(WORDS, DICTIONARY.words)
     built = build_decoder(decoder, vocabulary=vocabulary, seed=2, input_dim=16)
     for parameter in [*built.parameters(), *encoder.qformer.parameters(), *encoder.video_projection.parameters()]:
         parameter.data.mul_(3)  # sharper than initial weights, so that captions differ
     model = FaceNet(encoder, built).eval()
     model.random_weights = built.random_weights = False
-    return Captioner(towers, random_repository(towers, 40), model, DICTIONARY, **options)
+    repository = random_repository(towers, 40) if retrieval else None
+    return Captioner(towers, repository, model, DICTIONARY, **options)
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +234,37 @@ def test_pictures_are_kept_where_asked_for(captioner, clips):
     frames = captioner.pipeline.read(clips[1]).frames
     assert abs(decoded.astype(float) - frames[0].numpy()).mean() < 12
     assert captioner(clips[0]).pictures == ()
+
+
+@pytest.mark.parametrize(
+    "fields, lacks",
+    [
+        ({}, set()),
+        ({"retrieval": False}, {"pie", "fact"}),
+        ({"emotion_augmentation": False}, {"of-emotions", "curves", "emotion"}),
+        ({"bias_adjustment": False, "self_refine": False, "cross_refine": False}, set()),
+    ],
+)
+def test_every_model_saves_loads_and_reports(clip_folder, clips, tmp_path, fields, lacks):
+    """What a page shows is what the model has: with retrieval, emotions, gates, or without."""
+    from evc_fast.report import write_report
+
+    made = tiny_captioner(clip_folder, encoder_fields=fields, notes=["trained on nothing"])
+    made.save_pretrained(tmp_path / "model")
+    captioner = Captioner.from_pretrained(tmp_path / "model")
+    assert (tmp_path / "model" / "repository").is_dir() == fields.get("retrieval", True)
+    results = captioner.caption(clips[:2], pictures=True)
+    same(results[0], made(clips[0]))
+    write_report(results, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    shown = {name for group in re.findall('class="([^"]*)"', page) for name in group.split()}
+    marks = {"of-facts", "of-emotions", "pie", "fact", "curves", "emotion", "time", "frames"}
+    assert marks - shown == lacks
+    assert page.count("data:image/jpeg;base64,") == 2 * (4 + 1)
+    assert "Trained on nothing" in page
+    for result in results:
+        assert result.text in page
+        assert result.to_dict() == json.loads(json.dumps(result.to_dict()))
 
 
 def test_a_folder_with_its_clip_can_be_moved(captioner, clip_folder, tmp_path, clips):
