@@ -144,7 +144,7 @@ def _failures(failed: Mapping[str, str]) -> Markup | None:
         return None
     reasons = [reason if source in reason else f"{source}: {reason}" for source, reason in failed.items()]
     items = [element("li", element("bdi", reason)) for reason in reasons]
-    return _panel("Videos without a caption", None, element("ul", *items), kind="failed")
+    return element("section", element("h2", "Videos without a caption"), element("ul", *items), class_="panel failed")
 
 
 def _section(result: CaptionResult, name: str, number: int, several: bool, notes: Sequence[str]) -> Markup:
@@ -166,9 +166,9 @@ def _section(result: CaptionResult, name: str, number: int, several: bool, notes
     )
 
 
-def _panel(heading: str, hint: str | None, *content: Markup | None, kind: str = "") -> Markup:
+def _panel(heading: str, hint: str | None, *content: Markup | None) -> Markup:
     said = None if hint is None else element("p", hint, class_="hint")
-    return element("section", element("h3", heading), said, *content, class_=f"panel {kind}".rstrip())
+    return element("section", element("h3", heading), said, *content, class_="panel")
 
 
 def _picture(picture: Picture, alt: str) -> Markup:

@@ -55,10 +55,13 @@ footer { margin-top: 2.5rem; max-width: 46rem; }
 #videos thead th:nth-last-child(-n+2) { text-align: right; }
 #videos thead .over th { padding-bottom: 0; text-align: center; }
 #videos .thumb { padding-right: 0; width: 5.5rem; }
-#videos img { display: block; width: 4.75rem; height: auto; border-radius: .25rem; }
+#videos img {
+  display: block; width: 4.75rem; height: auto; max-height: 4.75rem; object-fit: contain; border-radius: .25rem;
+}
 .narrow { display: none; }
 
 .failed { margin-top: 1.5rem; font-size: .9375rem; }
+.failed h2 { margin: 0; font: inherit; font-weight: 600; }
 .failed li { margin-top: .4rem; overflow-wrap: anywhere; }
 
 article { margin-top: 2.5rem; scroll-margin-top: 1rem; }
@@ -74,7 +77,10 @@ h2 {
 }
 article > .notes { margin: 0 0 1.1rem; }
 .frames { display: grid; grid-template-columns: repeat(8, 1fr); gap: .5rem .4rem; margin-bottom: 1rem; }
-.frames img { display: block; width: 100%; height: auto; border-radius: .25rem; background: var(--track); }
+.frames img {
+  display: block; width: 100%; height: auto; max-height: 7.5rem; object-fit: contain; object-position: left;
+  border-radius: .25rem;
+}
 .frames figcaption { color: var(--soft); font-size: .75rem; font-variant-numeric: tabular-nums; margin-top: .1rem; }
 
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem; }
