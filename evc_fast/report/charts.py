@@ -144,8 +144,8 @@ def choose_curves(shares: Sequence[Sequence[float]], words: Sequence[str] | None
 
 
 _LEFT, _WIDTH, _RIGHT = 96, 960, 24
-_HEAD, _PLOT, _GAP = 22, 78, 16
-"""Of a row of curves: the line that names it, its drawing, the space below."""
+_HEAD, _PLOT, _GAP = 36, 78, 12
+"""Of a row of curves: the line that names it and one for what stands above a peak, its drawing, the space below."""
 
 
 def curves(chosen: Curves, names: Sequence[str], label: str) -> Markup:
@@ -182,7 +182,7 @@ def _curve(
         )
 
     several = len(chosen.shares) > 1
-    parts = [element("text", _cut(name, 100), x=_LEFT, y=top - 9, class_="title")]
+    parts = [element("text", _cut(name, 100), x=_LEFT, y=top - 23, class_="title")]
     for share in (0.0, end / 2, end):
         y = base - _PLOT * share / end
         parts.append(element("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=y, y2=y, class_="base" if share == 0 else "grid"))
@@ -202,8 +202,8 @@ def _curve(
         element(
             "text",
             f"{_cut(chosen.words[peak], 24)} {percent(row[peak])}",
-            x=places[peak] + (-9 if late else 9),
-            y=max(base - _PLOT * row[peak] / end, top + 7),
+            x=places[peak] + (4 if late else -4),
+            y=base - _PLOT * row[peak] / end - 13,
             class_="peak late" if late else "peak",
         )
     )

@@ -201,6 +201,6 @@ summary { cursor: pointer; color: var(--soft); }
     break-before: page; border-top: 0; padding-top: 0; margin-top: 0;
   }
   .scroll { overflow: visible; }
-  .curves { min-width: 0; width: 80%; margin: 0 auto; }
+  .curves { min-width: 0; width: 74%; margin: 0 auto; }
 }
 """
