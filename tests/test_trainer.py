@@ -199,6 +199,8 @@ def test_an_llm_stays_frozen_and_its_adapter_is_saved_apart(tmp_path: Path, fami
     with torch.no_grad():
         read, kept = (each(*batch[:3], batch.target_ids).logits for each in (model, trainer.model))
     assert_close(read, kept)
+    read, kept = (each.generate(*batch[:3], num_beams=2, max_new_tokens=8).ids for each in (model, trainer.model))
+    assert torch.equal(read, kept)
     config = training_config(tmp_path / "broken", **sections)
     with pytest.raises(KeyboardInterrupt):
         Trainer(config, world, listener=stop_at(7)).fit()

@@ -67,8 +67,12 @@ def work_offline(*names: str | os.PathLike[str] | None) -> None:
 
 
 def silence_transformers() -> None:
-    """No load reports and no progress bars of its own; what fails is raised all the same."""
+    """No load reports, no progress bars, no warnings to its callers; what fails is raised all the same."""
+    import warnings
+
     import transformers
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
