@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.testing import assert_close
 
 pytest.importorskip("typer", reason="needs the packages of evc-fast[cli]")
 pytest.importorskip("accelerate", reason="needs the packages of evc-fast[all]")
 pytest.importorskip("av", reason="needs the packages of evc-fast[all]")
 pytest.importorskip("pycocoevalcap", reason="needs the packages of evc-fast[all]")
+pytest.importorskip("h5py", reason="needs the packages of evc-fast[all]")
 pytest.importorskip("spacy", reason="needs the packages of evc-fast[all]")
 
+import h5py
 from typer.testing import CliRunner, Result
 
 from evc_fast.cli import console as consoles
@@ -207,6 +211,32 @@ def test_the_resolved_configuration(world: Path, tmp_path: Path) -> None:
     path = tmp_path / "again.yaml"
     path.write_text(done(*command).stdout)
     assert load_config(path).model_dump(mode="json") == resolved
+
+
+def test_ids_of_emvidcap(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "captions.csv").write_text("VideoID\tEmCaptions\n1\ta man runs\nvid2\ta dog sleeps\n")
+    (tmp_path / "names.txt").write_text("vid1 clip3\nvid2 clip5\nvid3 elsewhere\n")
+    clip = ("--clip", world / "clip", "--frames", 4, "--workers", 1, "-o", tmp_path / "features")
+    ids = ("--captions", tmp_path / "captions.csv", "--id-prefix", "vid", "--mapping", tmp_path / "names.txt")
+    assert document("features", world / "videos", *clip, *ids)["extracted"] == 2
+    store = FeatureStore.open(tmp_path / "features")
+    assert store.video_ids == ("vid1", "vid2")
+    assert_close(store["vid1"], FeatureStore.open(world / "features")["clip3"], rtol=1e-4, atol=1e-5)
+
+
+def test_features_that_others_have_extracted(world: Path, tmp_path: Path) -> None:
+    made = FeatureStore.open(world / "features")
+    with h5py.File(tmp_path / "features.h5", "w") as file:
+        for video_id in made.video_ids:
+            file[video_id] = made[video_id].repeat_interleave(2, dim=0).numpy()  # eight frames, each of four twice
+    command = ("features", "--hdf5", tmp_path / "features.h5", "--clip", world / "clip", "--frames", 4)
+    found = document(*command, "-o", tmp_path / "imported")
+    assert (found["imported"], found["frames"], found["width"]) == (11, 4, 24)
+    store = FeatureStore.open(tmp_path / "imported")
+    assert store.fingerprint == made.fingerprint and torch.equal(store["held0"], made["held0"])
+    scores = ("evaluate", world / "run", "--captions", world / "captions_test.csv", "--no-meteor")
+    own, imported = (document(*scores, *more) for more in ((), ("--features", tmp_path / "imported")))
+    assert own == imported
 
 
 def test_statistics(world: Path) -> None:
