@@ -113,7 +113,10 @@ def test_caption_files(world: Path, tmp_path: Path, content: str | bytes, said: 
 def test_videos_that_nothing_knows(world: Path, tmp_path: Path) -> None:
     path = tmp_path / "captions.csv"
     path.write_text(f"{HEADER}clip0,a man\nelsewhere,a dog\n")
-    assert "1 of 2 videos cannot be used, 50.0%, and 10.0% are allowed: elsewhere" in train(world, 1, captions=path)
+    assert train(world, 1, captions=path) == (
+        "1 of 2 videos cannot be used, 50.0%, and 10.0% are allowed: elsewhere (NoFeatures); of the features in "
+        f"{world / 'features'}, allowed by data.max_skipped"
+    )
     said = refused(1, "features", world / "videos", "--clip", world / "clip", "--captions", path, "-o", tmp_path / "f")
     assert said == f"{world / 'videos'} has no video file for 1 of 2 ids: elsewhere"
     assert not (tmp_path / "f").exists()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from evc_fast.data.captions import CaptionSet, check_splits, merge_captions, read_captions, split_by_video
-from evc_fast.data.check import Quarantine, Quarantined
+from evc_fast.data.check import Quarantine, Quarantined, TooManyBadVideos
 from evc_fast.data.emotions import EmotionDictionary, describe_with_clip, read_word_vectors
 from evc_fast.model.captioner import FaceNet
 from evc_fast.model.decoders.vocabulary import Vocabulary
@@ -68,9 +68,11 @@ def read_data(config: RunConfig) -> RunData:
         check_splits(training=train, validation=validation)
     features = FeatureStore.open(data.features)
     quarantine = Quarantine() if data.quarantine is None else Quarantine.read(data.quarantine)
-    used, skipped = skip_unusable(
-        train if validation is None else merge_captions(train, validation), features, quarantine, data.max_skipped
-    )
+    both = train if validation is None else merge_captions(train, validation)
+    try:
+        used, skipped = skip_unusable(both, features, quarantine, data.max_skipped)
+    except TooManyBadVideos as error:
+        raise TooManyBadVideos(f"{error}; of the features in {data.features}, allowed by data.max_skipped") from None
     train = used.subset([video_id for video_id in train.video_ids if video_id in used])
     if validation is not None:
         validation = used.subset([video_id for video_id in validation.video_ids if video_id in used])
