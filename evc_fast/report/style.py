@@ -78,7 +78,7 @@ h2 {
 article > .notes { margin: 0 0 1.1rem; }
 .frames { display: grid; grid-template-columns: repeat(8, 1fr); gap: .5rem .4rem; margin-bottom: 1rem; }
 .frames img {
-  display: block; width: 100%; height: auto; max-height: 7.5rem; object-fit: contain; object-position: left;
+  display: block; width: 100%; height: auto; max-height: 8.5rem; object-fit: contain; object-position: left;
   border-radius: .25rem;
 }
 .frames figcaption { color: var(--soft); font-size: .75rem; font-variant-numeric: tabular-nums; margin-top: .1rem; }
