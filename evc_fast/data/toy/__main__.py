@@ -25,7 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--limit", type=int, help="clips of each split, for a trial")
         command.add_argument("--workers", type=int, help="processes that render, one a core by default")
-    build.add_argument("--epochs", type=int, help="passes over the training clips, and their captions, for a trial")
+    build.add_argument("--steps", type=int, help="of the CLIP's training, for a trial")
+    build.add_argument("--epochs", type=int, help="of the FACE-net's training, for a trial")
     options = parser.parse_args(arguments)
     try:
         if options.command == "render":
@@ -73,7 +74,7 @@ def _build_clip(world: ToyWorld, folder: Path, options: argparse.Namespace) -> N
     started = time.monotonic()
     frames = {split: load_frames(world, split, progress=_Progress(f"reading {split}")) for split in ("train", "test")}
     recipe = ClipRecipe(seed=options.seed)
-    recipe = recipe if options.epochs is None else replace(recipe, epochs=options.epochs)
+    recipe = recipe if options.steps is None else replace(recipe, steps=options.steps)
     report = _Progress("training CLIP")
     model, tokenizer = train_clip(
         world,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,13 +84,15 @@ def _moments(scene: Scene, num_frames: int) -> Iterator[_Moment]:
         )
 
 
-def draw_scene(scene: Scene, num_frames: int = FRAMES) -> np.ndarray:
-    """The frames of a clip: uint8 [num_frames, 96, 96, 3]."""
+def draw_scene(scene: Scene, num_frames: int = FRAMES, *, only: Sequence[int] | None = None) -> np.ndarray:
+    """The frames of a clip: uint8 [num_frames, 96, 96, 3]; of them those with the numbers `only`, in this order."""
+    numbers = range(num_frames) if only is None else only
     random = scene.random(_COLORS)
     background = draw_place(scene.place, random)
     look = Look.draw(scene.subject, random)
-    frames = np.empty((num_frames, SIZE, SIZE, 3), np.uint8)
-    for index, moment in enumerate(_moments(scene, num_frames)):
+    frames = np.empty((len(numbers), SIZE, SIZE, 3), np.uint8)
+    moments = list(_moments(scene, num_frames))
+    for index, moment in enumerate(moments[number] for number in numbers):
         picture = background.copy()
         pen = Pen(picture, moment.spot, moment.unit)
         pen.ellipse(0, -0.5, 12, 2.2, tuple((0.55 * picture[int(moment.spot[1]) - 1, SIZE // 2]).tolist()))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import multiprocessing
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,8 +22,8 @@ from evc_fast.data.toy.actions import ACTIONS
 from evc_fast.data.toy.faces import EXPRESSIONS
 from evc_fast.data.toy.figures import SUBJECTS
 from evc_fast.data.toy.places import PLACES
-from evc_fast.data.toy.scenes import FRAMES, SIZE, Scene, locate_figure
-from evc_fast.data.toy.sentences import CAPTIONS, EMOTION_WORDS, NOUNS, VERBS, Sentence
+from evc_fast.data.toy.scenes import FRAMES, SIZE, Scene, draw_scene, locate_figure
+from evc_fast.data.toy.sentences import CAPTIONS, EMOTION_WORDS, NOUNS, VERBS, Sentence, describe
 from evc_fast.data.toy.world import ToyWorld
 from evc_fast.data.video import frame_indices, read_frames
 
@@ -34,6 +37,7 @@ _MAX_SCALE = 50.0  # of the cosines, CLIP's inverse temperature
 _FACT_WEIGHTS = {"subject": 0.5, "action": 0.5, "emotion": 1.0, "place": 0.5}
 _TEXT_BATCH, _TEXT_RATE = 64, 3e-3
 _KEPT, _WHOLE_FROM = 26, 0.6  # patches of a picture that are looked at up to that share of the steps
+_IN_PROCESS = 100  # variants up to which no processes are started
 _HEAD_RADIUS, _BODY_RADIUS = 16.0, 20.0  # pixels
 _PARTS_OF = {"subject": (0,), "action": (1,), "emotion": (0,)}  # 0 head, 1 body
 
@@ -43,7 +47,9 @@ class ClipRecipe:
     """How the small CLIP is made.
 
     Both towers have `width`, `heads` and a projection to `width`; pictures are 96 pixels in patches of `patch`.
-    frames: random frames of each clip in a step, their features averaged as retrieval does; clips: in a step
+    clip_frames: of each training clip, that are looked at
+    variants: further clips of each training combination, drawn anew, of which `variant_frames` frames are looked at
+    pictures: in a step
     """
 
     width: int = 96
@@ -51,9 +57,11 @@ class ClipRecipe:
     image_layers: int = 4
     text_layers: int = 2
     patch: int = 12
-    clips: int = 64
-    frames: int = 1
-    epochs: int = 120
+    clip_frames: int = 4
+    variants: int = 20
+    variant_frames: int = 2
+    pictures: int = 64
+    steps: int = 2400
     text_steps: int = 400
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.05
@@ -105,16 +113,19 @@ def make_tokenizer(texts: Sequence[str]) -> Any:
     learner.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
-    # The end-of-word form of every byte is learned from a text that has each of them as a word.
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    # Pairs of equal frequency are merged in the order of their ids, which are the same each time only for what is named
+    # here: every byte, and its form at the end of a word.
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=4000, initial_alphabet=sorted(alphabet), end_of_word_suffix="</w>", show_progress=False
+        vocab_size=4000,
+        special_tokens=[*alphabet, *(f"{character}</w>" for character in alphabet)],
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
     )
     learner.train_from_iterator(texts, trainer)
     learned = json.loads(learner.to_str())["model"]
     vocabulary = dict(learned["vocab"])
-    for character in sorted(alphabet):
-        vocabulary.setdefault(f"{character}</w>", len(vocabulary))
     for special in ("<|startoftext|>", "<|endoftext|>"):
         vocabulary[special] = len(vocabulary)
     merges = [tuple(merge) for merge in learned["merges"]]
@@ -165,52 +176,116 @@ def train_clip(
 
     The text tower comes first, and stays as it is: trained together from the start, prompts of one template, nearly one
     point at first, fall together before the pictures have anything to tell them apart by. The image tower is then
-    trained contrastively: pictures against captions, where a caption is right for every clip of the batch of which it
-    is true, and against the prompts that tell the values of one fact apart. The class token alone would take long to
+    trained contrastively: pictures against captions, where a caption is right for every picture of the batch of which
+    it is true, and against the prompts that tell the values of one fact apart. The class token alone would take long to
     find the face; so the patches of the head and of the body choose among the same prompts, those for emotion and
-    subject, or for the action, before the class token gathers what they know.
+    subject, or for the action, before the class token gathers what they know. The clips alone are few enough to be
+    learnt by heart; so the combinations of subject, action and emotion that they show, and no other, are drawn in more
+    colours, places and moments.
     frames: what `load_frames(world, "train")` gives, where it is at hand; None reads them.
     `progress(step, steps, loss)` is called after each step. The same recipe and number of threads give the same model.
     """
     recipe = recipe or ClipRecipe()
-    scenes = world.of("train")
-    sentences = {s.video_id: [*world.sentences[s.video_id], *prompts_of(s)] for s in scenes}
-    tokenizer = make_tokenizer([sentence.text for row in sentences.values() for sentence in row])
+    frames = load_frames(world, "train") if frames is None else frames
+    pictures = Pictures.gather(world, frames, recipe)
+    scenes = list(dict.fromkeys(pictures.scenes))
+    said = {s.video_id: [*(world.sentences.get(s.video_id) or describe(s)), *prompts_of(s)] for s in scenes}
+    tokenizer = make_tokenizer([sentence.text for row in said.values() for sentence in row])
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         model = make_model(recipe, tokenizer).train()
-        frames = load_frames(world, "train") if frames is None else frames
-        _warm_start(model, frames, recipe)
-        _teach_texts(model, tokenizer, sentences, recipe.text_steps)
-        batches = _Batches(world, recipe, frames)
-        optimiser = _make_optimiser(model, recipe)
-        steps = recipe.epochs * batches.steps
-        texts = [*dict.fromkeys(sentence.text for row in sentences.values() for sentence in row)]
-        texts += [prompt for prompts in fact_prompts().values() for prompt in prompts]
-        with torch.no_grad():
-            parts = [encode_texts(model, tokenizer, texts[start : start + 256]) for start in range(0, len(texts), 256)]
-        loss_of = _Loss(model, recipe, dict(zip(texts, torch.cat(parts), strict=True)))
-        for step in range(steps):
-            for group in optimiser.param_groups:
-                warm = min(1.0, (step + 1) / (0.05 * steps))
-                group["lr"] = recipe.learning_rate * warm * (0.5 + 0.5 * math.cos(math.pi * step / steps)) + 1e-6
-            loss = loss_of(batches.draw(sentences, whole=step > _WHOLE_FROM * steps))
-            optimiser.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimiser.step()
-            if progress is not None:
-                progress(step + 1, steps, loss.item())
+        _warm_start(model, pictures.frames, recipe)
+        _teach_texts(model, tokenizer, said, recipe.text_steps)
+        train_image_tower(model, tokenizer, pictures, said, recipe, progress=progress)
     return model.eval(), tokenizer
+
+
+def train_image_tower(
+    model: Any,
+    tokenizer: Any,
+    pictures: Pictures,
+    said: dict[str, list[Sentence]],
+    recipe: ClipRecipe,
+    *,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> None:
+    """Trains the image tower against the texts as they are. said: video id -> what is true of it."""
+    texts = [*dict.fromkeys(sentence.text for row in said.values() for sentence in row)]
+    texts += [prompt for prompts in fact_prompts().values() for prompt in prompts]
+    with torch.no_grad():
+        parts = [encode_texts(model, tokenizer, texts[start : start + 256]) for start in range(0, len(texts), 256)]
+    loss_of = _Loss(model, dict(zip(texts, torch.cat(parts), strict=True)))
+    batches, optimiser, steps = _Batches(pictures, recipe), _make_optimiser(model, recipe), recipe.steps
+    for step in range(steps):
+        for group in optimiser.param_groups:
+            warm = min(1.0, (step + 1) / (0.05 * steps))
+            group["lr"] = recipe.learning_rate * warm * (0.5 + 0.5 * math.cos(math.pi * step / steps)) + 1e-6
+        loss = loss_of(batches.draw(said, whole=step > _WHOLE_FROM * steps))
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        if progress is not None:
+            progress(step + 1, steps, loss.item())
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Frames to learn from: uint8 [n, S, S, 3], the scene of each, and where its head and hips are [n, 2, (x, y)]."""
+
+    frames: Tensor
+    scenes: list[Scene]
+    places: Tensor
+
+    @classmethod
+    def gather(cls, world: ToyWorld, frames: Tensor, recipe: ClipRecipe) -> Pictures:
+        """Those of the training clips, `frames` as of `load_frames`, and of the recipe's variants of them."""
+        clips = world.of("train")
+        # The clips' frames differ little; more of them would let the clips be learnt by heart.
+        sampled = frame_indices(NUM_FRAMES, recipe.clip_frames)
+        indices = [frame_indices(FRAMES, NUM_FRAMES)[index] for index in sampled]
+        variants = vary(clips, recipe)
+        rows = [(scene, index) for scene in clips for index in indices] + variants
+        places = {scene: locate_figure(scene) for scene in dict.fromkeys(scene for scene, _ in rows)}
+        # Rows of one variant stand together.
+        runs = [(scene, [index for _, index in run]) for scene, run in itertools.groupby(variants, key=lambda r: r[0])]
+        with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
+            drawn = pool.map(_draw, runs, chunksize=16) if len(runs) > _IN_PROCESS else map(_draw, runs)
+            drawn = [torch.from_numpy(picture) for picture in drawn]
+        return cls(
+            frames=torch.cat([frames[:, sampled].flatten(0, 1), *drawn]),
+            scenes=[scene for scene, _ in rows],
+            places=torch.stack([torch.from_numpy(places[scene][index]) for scene, index in rows]),
+        )
+
+
+def vary(clips: Sequence[Scene], recipe: ClipRecipe) -> list[tuple[Scene, int]]:
+    """Scenes and frame numbers: the combinations of subject, action and emotion of `clips`, drawn otherwise."""
+    random = np.random.default_rng((recipe.seed, 1))
+    combinations = dict.fromkeys((scene.subject, scene.action, scene.emotion) for scene in clips)
+    rows: list[tuple[Scene, int]] = []
+    for subject, action, emotion in combinations:
+        for _ in range(recipe.variants):
+            number, place = len(rows), list(PLACES)[random.integers(len(PLACES))]
+            # Beyond the numbers of the world's own clips.
+            seed = (recipe.seed, 1_000_000 + number)
+            scene = Scene(f"variant{number}", "train", subject, action, emotion, place, seed)
+            rows += [(scene, int(index)) for index in random.choice(FRAMES, recipe.variant_frames, replace=False)]
+    return rows
+
+
+def _draw(run: tuple[Scene, list[int]]) -> np.ndarray:
+    scene, numbers = run
+    return draw_scene(scene, only=numbers)
 
 
 @dataclass(frozen=True)
 class _Batch:
     """What one step sees.
 
-    pixel_values: [n, frames, 3, S, S]; facts: name -> labels [n]; parts: bool [n frames, 2, patches], head and body
-    kept: int64 [n frames, p], the patches that are looked at; None: all
-    true: [n, texts], 1 where the text is true of the clip, else 0
+    pixel_values: [n, 3, S, S]; facts: name -> labels [n]; parts: bool [n, 2, patches], head and body
+    kept: int64 [n, p], the patches that are looked at; None: all
+    true: [n, texts], 1 where the text is true of the picture, else 0
     """
 
     pixel_values: Tensor
@@ -222,60 +297,54 @@ class _Batch:
 
 
 class _Batches:
-    """Random batches of augmented training frames."""
+    """Random batches of augmented pictures."""
 
-    def __init__(self, world: ToyWorld, recipe: ClipRecipe, frames: Tensor) -> None:
-        self.recipe = recipe
-        self.scenes = world.of("train")
-        self.frames = frames
-        self.steps = max(1, len(self.scenes) // recipe.clips)
-        indices = frame_indices(FRAMES, NUM_FRAMES)
-        # [clips, frames, head or hips, (x, y)]
-        self.places = torch.stack([torch.from_numpy(locate_figure(scene))[indices] for scene in self.scenes])
-        self.labels = {k: torch.tensor([v.index(getattr(s, k)) for s in self.scenes]) for k, v in FACTS.items()}
+    def __init__(self, pictures: Pictures, recipe: ClipRecipe) -> None:
+        self.recipe, self.pictures = recipe, pictures
+        scenes = pictures.scenes
+        self.labels = {k: torch.tensor([v.index(getattr(s, k)) for s in scenes]) for k, v in FACTS.items()}
         self._order: list[int] = []
 
-    def draw(self, sentences: dict[str, list[Sentence]], *, whole: bool) -> _Batch:
-        """The next clips; where not `whole`, most of the background is left out, which saves half the time."""
-        if len(self._order) < min(self.recipe.clips, len(self.scenes)):
-            self._order = torch.randperm(len(self.scenes)).tolist()
-        picked, self._order = self._order[: self.recipe.clips], self._order[self.recipe.clips :]
+    def draw(self, said: dict[str, list[Sentence]], *, whole: bool) -> _Batch:
+        """The next pictures; where not `whole`, most of the background is left out, which saves half the time."""
+        scenes, count = self.pictures.scenes, min(self.recipe.pictures, len(self.pictures.scenes))
+        if len(self._order) < count:
+            self._order = torch.randperm(len(scenes)).tolist()
+        picked, self._order = self._order[:count], self._order[count:]
         pixel_values, places = self._augment(picked)
-        said: dict[str, Sentence] = {}
+        texts: dict[str, Sentence] = {}
         for index in picked:
-            rows = sentences[self.scenes[index].video_id]
+            rows = said[scenes[index].video_id]
             for choice in (*torch.randperm(CAPTIONS)[:2].tolist(), int(torch.randint(CAPTIONS, len(rows), ()))):
-                said.setdefault(rows[choice].text, rows[choice])
-        true = [[sentence.is_true_of(self.scenes[index]) for sentence in said.values()] for index in picked]
-        parts = _patches_of(places.flatten(0, 1), self.recipe.patch)
+                texts.setdefault(rows[choice].text, rows[choice])
+        true = [[sentence.is_true_of(scenes[index]) for sentence in texts.values()] for index in picked]
+        parts = _patches_of(places, self.recipe.patch)
         kept = None if whole else (parts.sum(1) + torch.rand(parts.shape[::2])).topk(_KEPT, dim=1).indices
         return _Batch(
             pixel_values=pixel_values,
             facts={fact: labels[picked] for fact, labels in self.labels.items()},
             parts=parts,
             kept=kept,
-            texts=list(said),
+            texts=list(texts),
             true=torch.tensor(true, dtype=torch.float32),
         )
 
     def _augment(self, picked: list[int]) -> tuple[Tensor, Tensor]:
-        """Shifted, mirrored and tinted frames of some clips, normalised as CLIP's, and where their figures are then."""
+        """Shifted, mirrored and tinted pictures, normalised as CLIP's, and where their figures are then."""
         mean, std = 255 * torch.tensor(CLIP_MEAN), 255 * torch.tensor(CLIP_STD)
-        count, pixels = self.recipe.frames, torch.arange(SIZE)
-        values = torch.empty(len(picked), count, SIZE, SIZE, 3)
-        places = torch.empty(len(picked), count, 2, 2)
+        pixels = torch.arange(SIZE)
+        values = torch.empty(len(picked), SIZE, SIZE, 3)
+        places = self.pictures.places[picked]
         for row, index in enumerate(picked):
-            chosen = torch.randperm(NUM_FRAMES)[:count]
             dx, dy = torch.randint(-_SHIFT, _SHIFT + 1, (2,)).tolist()
             columns, lines = (pixels + dx).clamp(0, SIZE - 1), (pixels + dy).clamp(0, SIZE - 1)
-            places[row] = self.places[index][chosen] - torch.tensor([dx, dy])
+            places[row] -= torch.tensor([dx, dy])
             if torch.rand(()) < 0.5:
                 columns = columns.flip(0)
-                places[row, ..., 0] = SIZE - places[row, ..., 0]
+                places[row, :, 0] = SIZE - places[row, :, 0]
             gain, tint = 1 + 0.2 * (2 * torch.rand(3) - 1), 0.2 * (2 * torch.rand(3) - 1)
-            frames = self.frames[index][chosen][:, lines][:, :, columns].float()
-            values[row] = (frames - mean) * (gain / std) + tint
-        return values.permute(0, 1, 4, 2, 3).contiguous(), places
+            values[row] = (self.pictures.frames[index][lines][:, columns].float() - mean) * (gain / std) + tint
+        return values.permute(0, 3, 1, 2).contiguous(), places
 
 
 def _patches_of(places: Tensor, patch: int) -> Tensor:
@@ -290,9 +359,8 @@ def _patches_of(places: Tensor, patch: int) -> Tensor:
 class _Loss:
     """The contrastive loss of one batch."""
 
-    def __init__(self, model: Any, recipe: ClipRecipe, features: dict[str, Tensor]) -> None:
-        self.model, self.recipe = model, recipe
-        self.features = features
+    def __init__(self, model: Any, features: dict[str, Tensor]) -> None:
+        self.model, self.features = model, features
         self.prompts = {fact: torch.stack([features[p] for p in prompts]) for fact, prompts in fact_prompts().items()}
 
     def __call__(self, batch: _Batch) -> Tensor:
@@ -309,16 +377,15 @@ class _Loss:
             loss = loss + _FACT_WEIGHTS[fact] * F.cross_entropy(scale * images @ choices, batch.facts[fact])
             for part in _PARTS_OF.get(fact, ()):
                 weights = parts[:, part].float()
-                labels = batch.facts[fact].repeat_interleave(self.recipe.frames)
                 local = (scale * tokens @ choices).log_softmax(-1)
-                local = -local.gather(2, labels[:, None, None].expand(-1, local.shape[1], 1))[..., 0]
+                local = -local.gather(2, batch.facts[fact][:, None, None].expand(-1, local.shape[1], 1))[..., 0]
                 loss = loss + _FACT_WEIGHTS[fact] * ((local * weights).sum(1) / weights.sum(1)).mean()
         return loss
 
     def _encode_images(self, batch: _Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """The clips' features [n, D], the patches' before the last layer [n frames, p, D], and their parts."""
+        """The pictures' features [n, D], the patches' before the last layer [n, p, D], and their parts."""
         tower, project = self.model.vision_model, self.model.visual_projection
-        tokens = tower.embeddings(batch.pixel_values.flatten(0, 1))
+        tokens = tower.embeddings(batch.pixel_values)
         parts = batch.parts
         if batch.kept is not None:
             rows = torch.arange(len(tokens))[:, None]
@@ -327,9 +394,9 @@ class _Loss:
         tokens = tower.pre_layrnorm(tokens)
         for layer in tower.encoder.layers:
             before, tokens = tokens, layer(tokens, attention_mask=None)
-        clips = project(tower.post_layernorm(tokens[:, 0])).unflatten(0, batch.pixel_values.shape[:2]).mean(1)
+        whole = project(tower.post_layernorm(tokens[:, 0]))
         patches = project(tower.post_layernorm(before[:, 1:]))
-        return F.normalize(clips, dim=-1), F.normalize(patches, dim=-1), parts
+        return F.normalize(whole, dim=-1), F.normalize(patches, dim=-1), parts
 
 
 def _teach_texts(model: Any, tokenizer: Any, sentences: dict[str, list[Sentence]], steps: int) -> None:
@@ -379,7 +446,7 @@ def _warm_start(model: Any, frames: Tensor, recipe: ClipRecipe) -> None:
     """
     tower, size, width = model.vision_model, recipe.patch, recipe.width
     mean, std = 255 * torch.tensor(CLIP_MEAN), 255 * torch.tensor(CLIP_STD)
-    picked = frames.flatten(0, 1)[torch.randint(frames.shape[0] * frames.shape[1], (512,))]
+    picked = frames[torch.randint(len(frames), (512,))]
     patches = ((picked.float() - mean) / std).permute(0, 3, 1, 2).unfold(2, size, size).unfold(3, size, size)
     patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)  # [n, 3 size^2], as the convolution reads them
     patches = patches - patches.mean(0)
