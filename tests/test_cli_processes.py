@@ -66,8 +66,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def environment(**variables: object) -> dict[str, str]:
-    """Of a process that finds the package where this one does."""
-    found = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    """Of a process that finds the package where this one does, rather than in the current folder."""
+    found = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+    found["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     found.pop("HF_HUB_OFFLINE", None)
     return found | {name: str(value) for name, value in variables.items()}
 

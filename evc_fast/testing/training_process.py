@@ -32,8 +32,9 @@ def run_in_processes(folder: Path, processes: int = 1, **options: Any) -> subpro
     launcher = []
     if processes > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    # They find the package where this process does.
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    # They find the package where this process does, rather than in the current folder.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     command = [sys.executable, *launcher, "-m", __name__, str(folder), json.dumps(options)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
 
