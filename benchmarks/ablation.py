@@ -111,7 +111,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         description=first, epilog="\n\n".join(rest), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=3, help="0, 1, ... (default: 3)")
-    parser.add_argument("--epochs", type=int, default=8, help="of each run (default: 8)")
+    parser.add_argument("--epochs", type=int, default=6, help="of each run (default: 6)")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, metavar="VARIANT", help=", ".join(VARIANTS))
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=c", help="for all runs")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, each on its share of the threads")

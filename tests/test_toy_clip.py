@@ -77,10 +77,10 @@ def test_variants_show_the_training_combinations_and_no_other() -> None:
 
 
 def test_training_is_reproducible_and_its_folder_is_read_by_the_towers(tmp_path: Path, one_thread: None) -> None:
-    world = render_world(tmp_path / "world", limit=8, workers=1)
+    world = render_world(tmp_path / "world", limit=4, workers=1)
     losses: list[float] = []
-    model, tokenizer = train_clip(world, TINY, progress=lambda step, steps, loss: losses.append(loss))
-    again, _ = train_clip(world, TINY, frames=load_frames(world, "train"))
+    model, tokenizer = train_clip(world.of("train"), TINY, progress=lambda step, steps, loss: losses.append(loss))
+    again, _ = train_clip(world.of("train"), TINY)
     assert len(losses) == 4 and all(loss > 0 for loss in losses)
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, again.state_dict()[name]), name
@@ -145,11 +145,11 @@ def test_shipped_clip_has_the_whole_preprocessing(towers: ClipTowers) -> None:
 def test_shipped_clip_names_emotions_of_unseen_combinations(towers: ClipTowers, tmp_path: Path) -> None:
     scenes = plan_world(0)
     known = {(s.subject, s.action, s.emotion) for s in scenes if s.split == "train"}
-    sample = [s for s in scenes if s.split == "test"][:48]
+    sample = [s for s in scenes if s.split == "test"][:32]
     assert not known & {(s.subject, s.action, s.emotion) for s in sample}
-    frames = torch.stack([torch.from_numpy(draw_scene(scene))[::3] for scene in sample])
+    frames = torch.stack([torch.from_numpy(draw_scene(scene, only=range(0, 24, 6))) for scene in sample])
     shares = zero_shot(towers, frames, sample)
-    # The whole test set's figure is in the manifest; 48 clips leave a standard error of 6 %.
+    # The whole test set's figure is in the manifest; 32 clips leave a standard error of 8 %.
     assert shares["emotion"] >= 0.6, shares
     assert all(shares[fact] >= 2 / len(values) for fact, values in FACTS.items()), shares
 

@@ -19,7 +19,7 @@ from evc_fast.data.toy import ToyWorld, render_world
 from evc_fast.data.toy.assets import CLIP_ASSETS
 from evc_fast.data.toy.evaluation import FACE_NET, NEAREST, SHUFFLED, ShuffledRetrieval, caption_test_clips
 from evc_fast.data.toy.face_net import build_model, prepare, train
-from evc_fast.data.toy.sentences import NOUNS, VERBS
+from evc_fast.data.toy.sentences import NOUNS
 from evc_fast.metrics import evaluate
 from evc_fast.model_folder import ModelFolder
 from evc_fast.testing.training_world import training_world
@@ -35,7 +35,7 @@ def captioner() -> Captioner:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> ToyWorld:
-    return render_world(tmp_path_factory.mktemp("toy") / "world", limit=12, workers=1)
+    return render_world(tmp_path_factory.mktemp("toy") / "world", limit=8, workers=1)
 
 
 def test_assets_are_small_and_hold_nothing_that_executes() -> None:
@@ -72,7 +72,7 @@ def test_shipped_model_is_trained_and_names_its_clip_beside_it(captioner: Captio
     assert captioner.pipeline.repository.triplet_extractor.startswith("spacy")
 
 
-def test_captions_of_unseen_combinations_are_right_more_often_than_not(captioner: Captioner, world: ToyWorld) -> None:
+def test_captions_of_unseen_combinations_name_subject_and_emotion(captioner: Captioner, world: ToyWorld) -> None:
     scenes = world.of("test")
     results = captioner.caption([world.video(scene) for scene in scenes])
     for result in results:
@@ -81,12 +81,10 @@ def test_captions_of_unseen_combinations_are_right_more_often_than_not(captioner
     nouns = [next((noun for noun in NOUNS if f" {noun}" in f" {result.text}"), None) for result in results]
     said = [noun is not None and scene.subject in NOUNS[noun] for noun, scene in zip(nouns, scenes, strict=True)]
     assert sum(said) > len(scenes) / 2
-    done = [VERBS[scene.action].lemma[:3] in result.text for result, scene in zip(results, scenes, strict=True)]
-    assert sum(done) > len(scenes) / 2
     references = read_captions(world.folder / "captions_test.csv").references()
     made = {scene.video_id: result.text for scene, result in zip(scenes, results, strict=True)}
     scores = evaluate(made, references, captioner.dictionary, meteor=False).overall
-    assert scores["Acc_sw"] > 40 and scores["BLEU-1"] > 50
+    assert scores["Acc_sw"] > 60 and scores["BLEU-1"] > 50
 
 
 def test_caption_is_the_same_in_a_batch_and_in_a_copied_folder(
@@ -130,6 +128,7 @@ def test_shuffled_retrieval_gives_every_video_what_another_one_retrieved() -> No
         ShuffledRetrieval(VideoBatches(data.train.video_ids[:1], data.features, data.repository, 2), seed=0)
 
 
+@pytest.mark.slow
 def test_build_trains_measures_and_writes_a_folder(world: ToyWorld, captioner: Captioner, tmp_path: Path) -> None:
     pytest.importorskip("spacy")
     said: list[tuple[str, int, int]] = []

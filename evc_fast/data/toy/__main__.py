@@ -72,16 +72,13 @@ def _build_clip(world: ToyWorld, folder: Path, options: argparse.Namespace) -> N
     from evc_fast.data.toy.small_clip import ClipRecipe, load_frames, train_clip
 
     started = time.monotonic()
-    frames = {split: load_frames(world, split, progress=_Progress(f"reading {split}")) for split in ("train", "test")}
     recipe = ClipRecipe(seed=options.seed)
     recipe = recipe if options.steps is None else replace(recipe, steps=options.steps)
     report = _Progress("training CLIP")
     model, tokenizer = train_clip(
-        world,
-        recipe,
-        frames=frames["train"],
-        progress=lambda step, steps, loss: report(step, steps, f"loss {loss:.2f}"),
+        world.of("train"), recipe, progress=lambda step, steps, loss: report(step, steps, f"loss {loss:.2f}")
     )
+    frames = {split: load_frames(world, split, progress=_Progress(f"reading {split}")) for split in ("train", "test")}
     metrics: dict[str, object] = {
         "probe_emotion_test": probe_emotions(frames["train"], world.of("train"), frames["test"], world.of("test"))
     }
