@@ -14,6 +14,7 @@ import torch
 from _machine import available_memory, missing_package
 from _stages import ENCODER, STEP, TOWER, ProbedPipeline
 
+from evc_fast.data.repository import Retrieved
 from evc_fast.pipeline import REPOSITORY_SIZE, random_model, random_repository
 
 DECODERS = ("flan-t5-xl", "opt-2.7b", "lstm", "transformer")
@@ -183,10 +184,11 @@ class StandInRepository:
     def __len__(self) -> int:
         return 0
 
-    def search(self, features: torch.Tensor, k: int, exclude_video_ids: list | None = None) -> SimpleNamespace:
+    def search(self, features: torch.Tensor, k: int, exclude_video_ids: list | None = None) -> Retrieved:
         batch = features.shape[0]
         generator = torch.Generator().manual_seed(0)
-        return SimpleNamespace(
+        return Retrieved(
+            indices=torch.arange(k).expand(batch, k),
             similarity=torch.rand(batch, k, generator=generator),
             triplets=torch.randn(batch, k, 3, self.width, generator=generator),
             groups=torch.arange(k).expand(batch, k),

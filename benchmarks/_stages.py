@@ -86,16 +86,16 @@ class ProbedPipeline(CaptionPipeline):
     def encode(self, features, retrieved, *, explain=False):
         return self._probed(ENCODER, partial(super().encode, explain=explain), features, retrieved)
 
-    def generate(self, tokens, **options):
+    def search(self, tokens, **options):
         if self.probe is None:
-            return super().generate(tokens, **options)
+            return super().search(tokens, **options)
         border = _Border(step_module(self.model), self.probe.gauge)
         start = self.probe.gauge()
         with border:
-            ids = super().generate(tokens, **options)
+            found = super().search(tokens, **options)
         for stage, amount in split_steps(self.model, start, border, self.probe.gauge()):
             self.probe.add(stage, amount)
-        return ids
+        return found
 
     def _probed(self, stage, run, *arguments):
         if self.probe is None:

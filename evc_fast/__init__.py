@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from evc_fast.captioner import Captioner
     from evc_fast.data.clip import ClipTowers
     from evc_fast.data.repository import CaptionRepository
     from evc_fast.model.captioner import FaceNet
@@ -20,11 +21,20 @@ if TYPE_CHECKING:
     from evc_fast.pipeline import CaptionPipeline
 
 __version__ = "0.1.0"
-__all__ = ["CaptionPipeline", "CaptionRepository", "ClipTowers", "FaceNet", "FaceNetConfig", "FaceNetEncoder"]
+__all__ = [
+    "CaptionPipeline",
+    "CaptionRepository",
+    "Captioner",
+    "ClipTowers",
+    "FaceNet",
+    "FaceNetConfig",
+    "FaceNetEncoder",
+]
 
 _HOME = {
     "CaptionPipeline": "evc_fast.pipeline",
     "CaptionRepository": "evc_fast.data.repository",
+    "Captioner": "evc_fast.captioner",
     "ClipTowers": "evc_fast.data.clip",
     "FaceNet": "evc_fast.model.captioner",
     "FaceNetConfig": "evc_fast.model.config",

@@ -15,13 +15,17 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from packaging.requirements import Requirement
 
 import evc_fast
 from evc_fast.data.image_tower import choose_product, fastest_dtype
 from evc_fast.ops import dispatch
 
 CORE = ("numpy", "safetensors", "transformers", "peft", "av", "matplotlib", "rich")
-OPTIONAL = ("open_clip_torch", "torchvision", "triton", "onnxruntime")
+OPTIONAL = (
+    *("typer", "PyYAML", "pydantic", "accelerate", "tensorboard", "h5py", "pycocoevalcap", "spacy"),
+    *("open_clip_torch", "torchvision", "triton", "onnxruntime"),
+)
 FAISS = ("faiss-cpu", "faiss-gpu-cu12")  # either provides `import faiss`
 
 
@@ -43,6 +47,28 @@ def versions() -> dict[str, str | None]:
     found["faiss"] = next((version for name in FAISS if (version := installed_version(name))), None)
     found.update({name: version for name in OPTIONAL if (version := installed_version(name))})
     return found
+
+
+def extras() -> dict[str, list[str]]:
+    """Each extra of the installed package to the distributions that it would bring and that are not here."""
+    try:
+        about = metadata.metadata("evc-fast")
+    except metadata.PackageNotFoundError:  # a checkout that is not installed
+        return {}
+    return {extra: sorted(missing_of(extra)) for extra in about.get_all("Provides-Extra") or []}
+
+
+def missing_of(extra: str) -> set[str]:
+    """Distributions that are not installed of those that an extra names, extras that it includes with them."""
+    missing: set[str] = set()
+    for requirement in map(Requirement, metadata.requires("evc-fast") or []):
+        if requirement.marker is None or not requirement.marker.evaluate({"extra": extra}):
+            continue
+        if requirement.name == "evc-fast":
+            missing = missing.union(*map(missing_of, requirement.extras))
+        elif installed_version(requirement.name) is None:
+            missing.add(requirement.name)
+    return missing
 
 
 def devices() -> dict[str, str]:
@@ -120,6 +146,7 @@ def report() -> dict[str, object]:
         "location": str(Path(evc_fast.__file__).parent),
         "platform": platform.platform(),
         "versions": versions(),
+        "extras": extras(),
         "devices": found,
         "threads": torch.get_num_threads(),
         "isa": isa(),
@@ -146,8 +173,10 @@ def tables(found: dict) -> list[tuple[str, list[str], list[list[str]]]]:
         for row in rows:
             serves = "; ".join(f"{device}: {', '.join(dtypes)}" for device, dtypes in row["serves"].items())
             ops.append([op, row["implementation"], serves or "nothing", row["why_not_the_rest"]])
+    lacking = [[extra, ", ".join(missing) or "nothing"] for extra, missing in found["extras"].items()]
     return [
         ("Versions", ["package", "version"], [[k, v or "not installed"] for k, v in found["versions"].items()]),
+        *([("Extras", ["pip install 'evc-fast[...]'", "lacks"], lacking)] if lacking else []),
         ("Machine", ["what", "found"], machine),
         ("Ops", ["op", "implementation", "serves", "why not the rest"], ops),
     ]
@@ -190,9 +219,13 @@ def main() -> None:
     if options.json:
         print(json.dumps(found, indent=2))
         return
-    show = print_rich if sys.stdout.isatty() and installed_version("rich") else print_plain
+    show(found, rich=sys.stdout.isatty() and installed_version("rich") is not None)
+
+
+def show(found: dict, *, rich: bool) -> None:
+    """Print `report()` as tables: drawn by rich, or plain lines."""
     for table in tables(found):
-        show(*table)
+        (print_rich if rich else print_plain)(*table)
 
 
 if __name__ == "__main__":

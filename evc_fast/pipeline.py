@@ -10,10 +10,10 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,87 +22,33 @@ from evc_fast.model.captioner import FaceNet
 from evc_fast.model.config import FaceNetConfig
 from evc_fast.model.encoder import EncoderOutput, Explanation, FaceNetEncoder
 from evc_fast.ops.dispatch import Impl
+from evc_fast.results import STAGES, CaptionResult, RetrievedFact
 
 if TYPE_CHECKING:
     from evc_fast.data.clip import ClipTowers
     from evc_fast.data.repository import CaptionRepository, Retrieved
     from evc_fast.data.video import VideoFrames
+    from evc_fast.data.video_errors import VideoError
 
-STAGES = ("video decode", "image tower", "retrieval", "encoder", "decoder")
-"""What :attr:`CaptionResult.timings` holds, in the order in which the stages run; "encoder" includes the Q-former."""
+__all__ = ["STAGES", "CaptionPipeline", "CaptionResult", "RetrievedFact", "random_model", "random_repository"]
+
+_Fields = TypeVar("_Fields", bound=tuple)
 
 REPOSITORY_SIZE = 28_860  # captions of the training split of EVC-Combine
 
-
-@dataclass(frozen=True)
-class RetrievedFact:
-    """One retrieved caption, its triplet, and the weights that the encoder gave it."""
-
-    caption: str
-    triplet: tuple[str, str, str]
-    similarity: float
-    """Cosine of the video and the caption, (5)."""
-    component_weights: tuple[float, float, float] | None = None
-    """alpha of subject, predicate, object, (12)."""
-    triplet_weight: float | None = None
-    """theta, (15)."""
-    routing_weight: float | None = None
-    """G of (26), mean over the frames."""
-    emotions: tuple[tuple[str, float], ...] = ()
-    """The emotion words that this triplet attends to most, (19), and their share."""
+NEAR_TIE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""By type: distance between scores (sums of log-probabilities) below which another batch size may decide otherwise."""
 
 
-@dataclass(frozen=True)
-class CaptionResult:
-    """A caption, and what explains it."""
+@dataclass
+class _Made:
+    """What the stages gave for one video, each a batch of one."""
 
-    text: str
-    """At most 15 words; token ids "<17> <3>" where the decoder has no tokenizer."""
+    video: VideoFrames
+    retrieved: Retrieved | None
+    encoded: EncoderOutput
     ids: Tensor
-    """[T] int64, on the CPU."""
-    retrieved: tuple[RetrievedFact, ...]
-    """Best first; empty without retrieval."""
-    emotions: tuple[tuple[str, float], ...]
-    """The emotion words that the classification head finds most likely, and their probability; empty without one."""
-    fact_gate: float | None
-    """Mean of |B_f| (24): how much of the facts passes; None where it was not asked for."""
-    emotion_gate: float | None
-    """Mean of |B_e| (25); None too without emotion augmentation."""
-    explanation: Explanation | None
-    """The same as tensors, on the CPU, batch of one."""
-    timings: dict[str, float]
-    """Seconds a stage of STAGES; of the whole batch where several videos were captioned together."""
-    notes: tuple[str, ...] = field(default=())
-    """What a reader of the caption must know, such as random weights or a damaged file."""
-
-    def __str__(self) -> str:
-        return self.describe()
-
-    def describe(self) -> str:
-        """The caption and its explanation as plain text."""
-        lines = [f"caption: {self.text}"]
-        for rank, fact in enumerate(self.retrieved, 1):
-            lines.append(f"{rank}. {fact.caption!r}, similarity {fact.similarity:.3f}")
-            parts = list(fact.triplet)
-            if fact.component_weights is not None:
-                parts = [f"{part} {weight:.2f}" for part, weight in zip(parts, fact.component_weights, strict=True)]
-            line = f"   triplet ({', '.join(parts)})"
-            if fact.triplet_weight is not None:
-                line += f", weight {fact.triplet_weight:.2f}"
-            if fact.routing_weight is not None:
-                line += f", routed {fact.routing_weight:.2f}"
-            lines.append(line)
-            if fact.emotions:
-                lines.append(f"   attends to {_shares(fact.emotions)}")
-        if self.emotions:
-            lines.append(f"emotions: {_shares(self.emotions)}")
-        gates = (("facts", self.fact_gate), ("emotions", self.emotion_gate))
-        shown = [f"{name} {value:.2f}" for name, value in gates if value is not None]
-        if shown:
-            lines.append(f"gates: {', '.join(shown)}")
-        lines.append("time: " + ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in self.timings.items()))
-        lines.extend(f"note: {note}" for note in self.notes)
-        return "\n".join(lines)
+    margin: float
 
 
 class StageClock:
@@ -133,6 +79,7 @@ class CaptionPipeline:
         impl: which implementation of the fused ops runs; None chooses.
         temporal_kernel: t of the 3D patch projection, (1), by which the encoder's video features are made; 1 is CLIP's
             own. Retrieval always uses CLIP's own, so that another t costs a second pass through the image tower.
+        notes: what everybody who reads a caption must know; every result carries them.
 
     Captions are made as in evaluation mode (no dropout), whatever mode the model is in; its mode is left as it is.
 
@@ -152,6 +99,7 @@ class CaptionPipeline:
         emotion_words: Sequence[str] | None = None,
         impl: Impl | None = None,
         temporal_kernel: int = 1,
+        notes: Sequence[str] = (),
     ) -> None:
         config = model.encoder.config
         if towers.image_dim != config.video_dim:
@@ -182,6 +130,7 @@ class CaptionPipeline:
         self.emotion_words = None if emotion_words is None else tuple(emotion_words)
         self.impl = impl
         self.temporal_kernel = temporal_kernel
+        self.notes = tuple(notes)
 
     @property
     def random_weights(self) -> bool:
@@ -247,8 +196,14 @@ class CaptionPipeline:
         min_new_tokens: int = 0,
         length_penalty: float = 1.0,
         num_emotions: int = 5,
+        pictures: bool = False,
+        failed: Callable[[str | os.PathLike[str], VideoError], None] | None = None,
     ) -> list[CaptionResult]:
-        """Caption several video files together.
+        """Caption several video files together, each as it is captioned alone.
+
+        What is computed for several videos at once rounds differently than for one. So frames are encoded and searched
+        with video by video, and a caption that rounding may have decided (`NEAR_TIE`) is made again alone; its notes
+        say so.
 
         Args:
             sources: video files, one caption each.
@@ -257,9 +212,11 @@ class CaptionPipeline:
             num_beams, max_new_tokens, min_new_tokens, length_penalty: as of the decoder's ``generate``; the text is cut
                 to 15 words.
             num_emotions: how many emotion words an explanation names.
+            pictures: also keep small pictures of the frames, for a report.
+            failed: is given each file that cannot be read, and why, and the file has no result; None raises.
 
         Raises:
-            VideoError: a file cannot be read.
+            VideoError: a file cannot be read, and ``failed`` is None.
             ValueError: ``video_ids`` of another length, ``num_emotions`` that is no integer of at least 0, features or
                 tokens that are not finite, or too few captions to retrieve.
             TypeError: ``sources`` is one path, or ``video_ids`` one string.
@@ -272,11 +229,11 @@ class CaptionPipeline:
             raise ValueError(f"num_emotions must be an integer of at least 0, got {num_emotions!r}")
         if video_ids is not None and len(video_ids) != len(sources):
             raise ValueError(f"video_ids must be as many as sources, {len(sources)}, got {len(video_ids)}")
-        if not sources:
-            return []
         clock = StageClock(self.device)
         with clock("video decode"):
-            videos = [self.read(source) for source in sources]
+            sources, video_ids, videos = self._read_all(sources, video_ids, failed)
+        if not videos:
+            return []
         frames = [video.frames for video in videos]
         with clock("image tower"):
             features = self.encode_frames(frames, temporal_kernel=self.temporal_kernel)  # V, (1)
@@ -290,19 +247,53 @@ class CaptionPipeline:
                 retrieved = self.retrieve(plain, video_ids)
         with clock("encoder"):
             encoded = self.encode(features, retrieved, explain=explain)
+        options = {
+            "num_beams": num_beams,
+            "max_new_tokens": max_new_tokens,
+            "min_new_tokens": min_new_tokens,
+            "length_penalty": length_penalty,
+        }
         with clock("decoder"):
-            ids = self.generate(
-                encoded.tokens,
-                num_beams=num_beams,
-                max_new_tokens=max_new_tokens,
-                min_new_tokens=min_new_tokens,
-                length_penalty=length_penalty,
+            ids, margins = self.search(encoded.tokens, **options)
+        made = []
+        for index, margin in enumerate(margins.tolist()):
+            own = _Made(
+                videos[index],
+                None if retrieved is None else _row(retrieved, index),
+                encoded._replace(
+                    tokens=encoded.tokens[index : index + 1],
+                    emotion_logits=None
+                    if encoded.emotion_logits is None
+                    else encoded.emotion_logits[index : index + 1],
+                    explanation=None if encoded.explanation is None else _row(encoded.explanation, index),
+                ),
+                ids[index : index + 1],
+                margin,
             )
-        texts = self.model.decoder.decode(ids)
-        return [
-            self._result(index, texts[index], ids, encoded, retrieved, videos[index], clock.seconds, num_emotions)
-            for index in range(len(sources))
-        ]
+            if margin < self.near_tie and len(videos) > 1:
+                with clock("encoder"):
+                    own.encoded = self.encode(features[index : index + 1], own.retrieved, explain=explain)
+                with clock("decoder"):
+                    own.ids, _ = self.search(own.encoded.tokens, **options)
+            made.append(own)
+        results = []
+        for source, own in zip(sources, made, strict=True):
+            result = self._result(own, num_emotions)
+            if pictures:
+                from evc_fast.data.pictures import small_pictures
+
+                result = dataclasses.replace(result, pictures=small_pictures(own.video.frames, own.video.times))
+            results.append(
+                dataclasses.replace(
+                    result, source=str(source), timings=dict(clock.seconds), batch_size=len(videos)
+                )
+            )
+        return results
+
+    @property
+    def near_tie(self) -> float:
+        """Below this distance between two captions' scores rounding may decide, in the types of this model."""
+        return max(NEAR_TIE[self.model.encoder.fact_norm.weight.dtype], NEAR_TIE[self.model.decoder.dtype])
 
     def read(self, source: str | os.PathLike[str]) -> VideoFrames:
         """The encoder's number of frames, sampled from a video file."""
@@ -312,17 +303,35 @@ class CaptionPipeline:
             raise ModuleNotFoundError(f"reading a video file needs {error.name}", name=error.name) from error
         return read_frames(source, self.model.encoder.config.num_frames)
 
+    def _read_all(
+        self,
+        sources: Sequence[str | os.PathLike[str]],
+        video_ids: Sequence[str | None] | None,
+        failed: Callable[[str | os.PathLike[str], VideoError], None] | None,
+    ) -> tuple[list[str | os.PathLike[str]], list[str | None] | None, list[VideoFrames]]:
+        """The sources that can be read, their ids, their frames."""
+        from evc_fast.data.video_errors import VideoError
+
+        read: list[tuple[str | os.PathLike[str], str | None, VideoFrames]] = []
+        for source, video_id in zip(sources, video_ids or [None] * len(sources), strict=True):
+            try:
+                read.append((source, video_id, self.read(source)))
+            except VideoError as error:
+                if failed is None:
+                    raise
+                failed(source, error)
+        ids = None if video_ids is None else [video_id for _, video_id, _ in read]
+        return [source for source, _, _ in read], ids, [frames for _, _, frames in read]
+
     def encode_frames(self, frames: Sequence[Tensor], *, temporal_kernel: int = 1) -> Tensor:
         """Image features, float32 [B, N, D_v] as the towers give them, of B videos' frames, each uint8 [N, H, W, 3].
 
         ``temporal_kernel`` is t of (1); 1 gives CLIP's own features, which retrieval needs. ValueError where a feature
         is not finite.
         """
-        if len({clip.shape for clip in frames}) == 1:
-            features = self.towers.encode_frames(torch.stack(list(frames)), temporal_kernel=temporal_kernel)
-        else:  # another picture size, another resize
-            each = [self.towers.encode_frames(clip, temporal_kernel=temporal_kernel) for clip in frames]
-            features = torch.stack(each)
+        # Video by video: N frames keep a processor busy, and no feature depends on the videos beside it.
+        each = [self.towers.encode_frames(clip, temporal_kernel=temporal_kernel) for clip in frames]
+        features = torch.stack(each)
         if not bool(features.isfinite().all()):
             raise ValueError("image features must be finite: the image tower gave NaN or infinity")
         return features
@@ -349,66 +358,60 @@ class CaptionPipeline:
         with _evaluation_mode(encoder):
             return encoder(features, *inputs, explain=explain, impl=self.impl)
 
-    def generate(self, tokens: Tensor, **options: Any) -> Tensor:
-        """Caption ids [B, T] of ``tokens`` [B, N_q, d_out]; ``options`` as of the decoder's ``generate``.
-        ValueError where a token is not finite: a search over NaN would end in words all the same.
+    def search(self, tokens: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        """Caption ids [B, T] of ``tokens`` [B, N_q, d_out] and their margins [B]; ``options`` as of the decoder's
+        ``search``. ValueError where a token is not finite: a search over NaN would end in words all the same.
         """
         if not bool(tokens.isfinite().all()):
             raise ValueError("tokens must be finite: the encoder gave NaN or infinity")
         with _evaluation_mode(self.model.decoder):
-            return self.model.decoder.generate(tokens, **options)
+            return self.model.decoder.search(tokens, **options)
 
-    def _result(
-        self,
-        index: int,
-        text: str,
-        ids: Tensor,
-        encoded: EncoderOutput,
-        retrieved: Retrieved | None,
-        video: VideoFrames,
-        seconds: dict[str, float],
-        num_emotions: int,
-    ) -> CaptionResult:
-        """One video's part of what the stages gave for the batch."""
-        explanation = None
+    def _result(self, made: _Made, num_emotions: int) -> CaptionResult:
+        """All of a result but what belongs to its batch and its file."""
+        encoded, explanation = made.encoded, None
         if encoded.explanation is not None:
-            explanation = Explanation(
-                *(None if value is None else value[index : index + 1].cpu() for value in encoded.explanation)
-            )
-        facts = () if retrieved is None else self._facts(index, retrieved, explanation, num_emotions)
+            explanation = Explanation(*(None if value is None else value.cpu() for value in encoded.explanation))
+        facts = () if made.retrieved is None else self._facts(made.retrieved, explanation, num_emotions)
         emotions: tuple[tuple[str, float], ...] = ()
         if encoded.emotion_logits is not None:
-            emotions = self._top_emotions(encoded.emotion_logits[index].float().softmax(-1), num_emotions)
+            emotions = self._top_emotions(encoded.emotion_logits[0].float().softmax(-1), num_emotions)
         gates: list[float | None] = [None, None]
         if explanation is not None:
             for position, gate in enumerate((explanation.fact_gate, explanation.emotion_gate)):
                 gates[position] = None if gate is None else gate.float().abs().mean().item()
-        notes = []
+        notes = list(self.notes)
         if self.random_weights:
             notes.append("random weights: the words mean nothing, time and memory do not depend on them")
         if self.model.encoder.random_emotion_features:
             notes.append("the emotion words' vectors are random")
-        if video.damaged:
-            notes.append(f"{video.damaged} packets or frames of the video are damaged")
+        if made.video.damaged:
+            notes.append(f"{made.video.damaged} packets or frames of the video are damaged")
+        if made.margin < self.near_tie:
+            notes.append(
+                f"a near-tie: another outcome of the search was within {self.near_tie:g} of this one, so that rounding "
+                "may decide between them"
+            )
+        ids = made.ids[0].cpu()
+        ids = ids[: int((ids != self.model.decoder.pad_id).sum())]  # padded as long as the longest of its batch
         return CaptionResult(
-            text=text,
-            ids=ids[index].cpu(),
+            text=self.model.decoder.decode(made.ids)[0],
+            ids=ids,
             retrieved=facts,
             emotions=emotions,
             fact_gate=gates[0],
             emotion_gate=gates[1],
             explanation=explanation,
-            timings=dict(seconds),
+            timings={},
             notes=tuple(notes),
+            emotion_words=self.emotion_words,
         )
 
     def _facts(
-        self, index: int, retrieved: Retrieved, explanation: Explanation | None, num_emotions: int
+        self, retrieved: Retrieved, explanation: Explanation | None, num_emotions: int
     ) -> tuple[RetrievedFact, ...]:
         facts = []
-        for rank, (caption, triplet) in enumerate(
-            zip(retrieved.captions[index], retrieved.triplet_texts[index], strict=True)
-        ):
+        for rank, (caption, triplet) in enumerate(zip(retrieved.captions[0], retrieved.triplet_texts[0], strict=True)):
             weights: dict[str, Any] = {}
             if explanation is not None:
                 weights["component_weights"] = tuple(explanation.component_weights[0, rank].tolist())
@@ -416,7 +419,7 @@ class CaptionPipeline:
                 weights["routing_weight"] = explanation.routing_weights[0, :, rank].mean().item()
                 if explanation.emotion_distribution is not None:
                     weights["emotions"] = self._top_emotions(explanation.emotion_distribution[0, rank], num_emotions)
-            similarity = retrieved.similarity[index, rank].item()
+            similarity = retrieved.similarity[0, rank].item()
             facts.append(RetrievedFact(caption, tuple(triplet), similarity, **weights))
         return tuple(facts)
 
@@ -481,6 +484,11 @@ def random_repository(towers: ClipTowers, size: int, *, seed: int = 0) -> Captio
     )
 
 
+def _row(fields: _Fields, index: int) -> _Fields:
+    """Row `index` of each field of a batch, a tensor, a list or None, as a batch of one."""
+    return type(fields)(*(None if value is None else value[index : index + 1] for value in fields))
+
+
 @contextmanager
 def _evaluation_mode(module: nn.Module) -> Iterator[None]:
     """No dropout inside; afterwards every submodule is in the mode that it was in."""
@@ -492,7 +500,3 @@ def _evaluation_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
-
-
-def _shares(pairs: Sequence[tuple[str, float]]) -> str:
-    return ", ".join(f"{word} {value:.3f}" for word, value in pairs)

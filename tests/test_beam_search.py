@@ -106,6 +106,33 @@ def test_one_beam_is_greedy_search():
             assert found.sequences[item, : found.lengths[item]].tolist() == greedy
 
 
+@pytest.mark.parametrize("num_beams", [1, 2, 3, 5])
+@pytest.mark.parametrize("length_penalty", [1.0, 0.0, 2.0, -0.5])
+def test_scores_that_are_off_by_less_than_half_the_margin_change_nothing(num_beams, length_penalty):
+    options = {"num_beams": num_beams, "max_new_tokens": 5, "length_penalty": length_penalty}
+    model = TableModel(7, 40, 6, 5)
+    found = model.search(**options)
+    assert (found.margins > 0).all()
+    assert found.margins.median() < 1
+    tables, generator = model.tables, torch.Generator().manual_seed(0)
+    for _ in range(5):
+        model.tables = []
+        for table in tables:
+            # A sum of five is off by at most 0.49 of its item's margin.
+            noise = (2 * torch.rand(table.shape, generator=generator) - 1) * 0.49 / 5
+            model.tables.append(table + noise * found.margins.view(-1, *[1] * (table.dim() - 1)))
+        assert torch.equal(model.search(**options).sequences, found.sequences)
+
+
+def test_a_margin_of_nothing_is_a_tie():
+    model = TableModel(7, 3, 6, 5)
+    model.tables[0][1, 0] = model.tables[0][1, 0, 0]  # all first words of the second item are alike
+    margins = model.search(num_beams=2, max_new_tokens=5).margins
+    assert margins[1] == 0
+    assert margins[0] > 0
+    assert margins[2] > 0
+
+
 @pytest.mark.parametrize("stopping", ["heuristic", "exact"])
 def test_items_do_not_depend_on_their_batch_and_runs_repeat_bit_for_bit(stopping):
     model = TableModel(7, 5, 7, 5)

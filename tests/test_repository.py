@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from evc_fast.data import repository as module
 from evc_fast.data.clip import ClipTowers
 from evc_fast.data.repository import (
     CaptionRepository,
@@ -23,6 +22,7 @@ from evc_fast.data.repository import (
     RepositoryTooSmall,
     distinct_parts,
 )
+from evc_fast.data.repository_index import import_faiss
 
 WORDS = [f"word{index}" for index in range(40)]
 
@@ -346,6 +346,6 @@ def test_threads_of_faiss_are_those_of_torch():
         torch.set_num_threads(1)
         repository = make()
         repository.search(torch.ones(1, 24))
-        assert module._import_faiss().omp_get_max_threads() == 1
+        assert import_faiss().omp_get_max_threads() == 1
     finally:
         torch.set_num_threads(before)

@@ -300,6 +300,18 @@ def test_recording_that_starts_between_key_frames(tmp_path, monkeypatch):
     assert indices_of(sampled.frames) == [shown[index] for index in frame_indices(len(shown), 8)]
 
 
+def test_a_stream_that_begins_later_is_passed_over(tmp_path):
+    # One frame's packet is renumbered: MPEG-TS takes it for a stream of its own, that nothing had announced.
+    data = bytearray(read_bytes(clip(tmp_path, "mpegts", codec_options={"g": "1"})))
+    number = slice(1, 3)  # of a packet's bytes: a bit that says that a frame starts here, and the stream's number
+    starts = [at for at in range(0, len(data), 188) if data[at:][number] == b"\x41\x00"]
+    assert len(starts) == 40
+    data[starts[30] + 2] = 1
+    sampled = read_frames(io.BytesIO(data), 4, allow_truncated=True)
+    assert sampled.num_decoded >= 39
+    assert index_of(sampled.frames[0]) == 0 and index_of(sampled.frames[-1]) == 39
+
+
 def test_only_the_wanted_frames_are_converted(tmp_path, monkeypatch):
     converted = []
     original = video._to_rgb

@@ -251,7 +251,20 @@ class ClipTowers:
         if self.image_tower is None or temporal_kernel != 1:
             pixel_values = self.preprocess(frames, self._pixel_dtype)
             return self.encode_pixels(pixel_values, temporal_kernel=temporal_kernel, batch_size=batch_size)
-        levels = self.preprocess.levels(frames)
+        return self.encode_levels(self.preprocess.levels(frames), batch_size=batch_size)
+
+    def encode_levels(self, levels: torch.Tensor, *, batch_size: int = 64) -> torch.Tensor:
+        """Image features of what `preprocess.levels` made of frames: [..., N, 3, S, S] -> float32 [..., N, D_v].
+
+        The same as `encode_frames` of the frames; for frames that another process has resized.
+        """
+        _check_counts(batch_size=batch_size)
+        size = self.image_size
+        if levels.dim() < 4 or tuple(levels.shape[-3:]) != (3, size, size) or 0 in levels.shape:
+            raise ValueError(f"levels must be [..., N, 3, {size}, {size}], not {list(levels.shape)}")
+        if self.image_tower is None:
+            pixel_values = self.preprocess.normalise(levels.to(self.device), self._pixel_dtype)
+            return self.encode_pixels(pixel_values, batch_size=batch_size)
         return self._encode_images(levels, self.image_tower.encode_levels, batch_size)
 
     def encode_pixels(

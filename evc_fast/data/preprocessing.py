@@ -56,12 +56,15 @@ class Preprocessing:
 
     def __call__(self, frames: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """frames: uint8 [..., H, W, 3] on any device -> pixel_values [..., 3, crop, crop] of `dtype` on that device."""
-        levels = self.levels(frames)
+        return self.normalise(self.levels(frames), dtype)
+
+    def normalise(self, levels: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """levels: 0..255 [..., 3, S, S] of any type and layout -> (x / 255 - mean) / std, contiguous, of `dtype`."""
         mean, std = (
-            torch.tensor(values, device=frames.device).mul(255).view(3, 1, 1) for values in (self.mean, self.std)
+            torch.tensor(values, device=levels.device).mul(255).view(3, 1, 1) for values in (self.mean, self.std)
         )
         # One copy from interleaved bytes to planes, then in place.
-        pixel_values = torch.empty(levels.shape, device=frames.device).copy_(levels)
+        pixel_values = torch.empty(levels.shape, device=levels.device).copy_(levels)
         return pixel_values.sub_(mean).div_(std).to(dtype)
 
     def levels(self, frames: torch.Tensor) -> torch.Tensor:

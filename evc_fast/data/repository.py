@@ -6,11 +6,10 @@ when it is built, and stored, so that at caption time neither a parser nor the t
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
@@ -21,6 +20,8 @@ from evc_fast.data.repository_files import (
     read_repository,
     write_repository,
 )
+from evc_fast.data.repository_index import LARGE, CaptionIndex, FlatIndex, IvfPqIndex, learn
+from evc_fast.data.triplet_rules import Triplet
 
 if TYPE_CHECKING:
     from evc_fast.data.clip import ClipTowers
@@ -36,11 +37,9 @@ __all__ = [
     "distinct_parts",
 ]
 
-Triplet = tuple[str, str, str]  # subject, predicate, object: each its head word's lemma
+IndexKind = Literal["flat", "ivfpq"]
 
 PART_PREFIX = "A photo of "  # H of equation (8)
-
-_ROUNDING = 1e-5  # far above the rounding of a float32 inner product of unit vectors
 
 
 class RepositoryTooSmall(RepositoryError):
@@ -77,11 +76,12 @@ def distinct_parts(triplets: Sequence[Triplet]) -> tuple[list[str], torch.Tensor
 
 
 class CaptionRepository:
-    """n captions with their features, searched by exact inner product in FAISS.
+    """n captions with their features, searched by exact inner product in FAISS; by IVF-PQ first where they are many.
 
     Made by `build`, `from_features` or `load`.
     captions: list of n sentences; video_ids: list of n, None for a caption of no video
     width: D_t; encoder_fingerprint: of the towers that made the features; random_weights: whether those were noise
+    triplet_extractor: what made the triplets, None where that is not known; index_kind: "flat" or "ivfpq"
     """
 
     def __init__(self, stored: StoredRepository) -> None:
@@ -90,9 +90,10 @@ class CaptionRepository:
         self.video_ids = stored.video_ids
         self.encoder_fingerprint = stored.encoder_fingerprint
         self.random_weights = stored.random_weights
+        self.triplet_extractor = stored.triplet_extractor
         self.width = stored.text_features.shape[1]
         self._parts = stored.parts
-        # Copies, so that nothing holds on to a mapped file, whose text features FAISS copies too.
+        # Copies, so that nothing but the text features of an IVF-PQ index holds on to a mapped file.
         self._part_indices = stored.part_indices.clone()  # int32 [n, 3] into the m distinct parts
         self._part_features = stored.part_features.clone()  # float32 [m, D_t]: few thousand words for 28,860 captions
         self._groups = torch.unique(stored.part_indices, dim=0, return_inverse=True)[1]  # int64 [n]
@@ -100,12 +101,10 @@ class CaptionRepository:
         numbers = {video: number for number, video in enumerate(self._video_counts)}
         self._video_numbers = torch.tensor([numbers.get(video, -1) for video in stored.video_ids])
         self._number_of_video = numbers
-        self._faiss = _import_faiss()
-        self._index = self._faiss.IndexFlatIP(self.width)
-        self._index.add(stored.text_features.numpy())
-        # FAISS holds the only copy of the features; this is a view of it.
-        view = self._faiss.rev_swig_ptr(self._index.get_xb(), len(self.captions) * self.width)
-        self._unit_features = torch.from_numpy(view).view(-1, self.width)
+        self._index: CaptionIndex = (
+            FlatIndex(stored.text_features) if stored.index is None else IvfPqIndex(stored.index, stored.text_features)
+        )
+        self.index_kind: IndexKind = "flat" if stored.index is None else "ivfpq"
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -120,11 +119,13 @@ class CaptionRepository:
         *,
         batch_size: int = 256,
         progress: Callable[[int, int], None] | None = None,
+        triplet_extractor: str | None = None,
+        index: IndexKind | None = None,
     ) -> CaptionRepository:
         """Encodes n captions (4) and the distinct parts of their triplets (8) with the text tower.
 
-        `progress(done, total)` counts sentences after each batch. Errors are those of `from_features`; the texts are
-        checked before anything is encoded.
+        `progress(done, total)` counts sentences after each batch. triplet_extractor, index: as for `from_features`,
+        whose errors are raised here too; the texts are checked before anything is encoded.
         """
         captions, video_ids, triplets = _check_texts(captions, video_ids, triplets)
         parts, _ = distinct_parts(triplets)
@@ -142,6 +143,8 @@ class CaptionRepository:
             encode([PART_PREFIX + part for part in parts], len(captions)),
             encoder_fingerprint=towers.fingerprint,
             random_weights=towers.random_weights,
+            triplet_extractor=triplet_extractor,
+            index=index,
         )
 
     @classmethod
@@ -155,13 +158,19 @@ class CaptionRepository:
         *,
         encoder_fingerprint: str,
         random_weights: bool = False,
+        triplet_extractor: str | None = None,
+        index: IndexKind | None = None,
     ) -> CaptionRepository:
         """From features that are there already; `text_features` is normalised here, `part_features` is kept as it is.
 
         text_features: [n, D_t] of the captions; part_features: [m, D_t] of "A photo of " + part, a row for each of the
-        m parts that `distinct_parts(triplets)` lists. Raises RepositoryError for no captions, empty ones, unequal
-        numbers, parts that are no words, and NaN, infinite or zero features, naming the row.
+        m parts that `distinct_parts(triplets)` lists; triplet_extractor: the name of what made the triplets.
+        index: "flat" searches exactly; "ivfpq" learns an index that proposes captions, which are then ranked exactly,
+        and needs 256 captions; None is flat below 500,000 captions. Raises RepositoryError for no captions, empty ones,
+        unequal numbers, parts that are no words, and NaN, infinite or zero features, naming the row.
         """
+        if index not in ("flat", "ivfpq", None):
+            raise ValueError(f"index must be 'flat', 'ivfpq' or None, not {index!r}")
         captions, video_ids, triplets = _check_texts(captions, video_ids, triplets)
         parts, part_indices = distinct_parts(triplets)
         text_features = _check_features("text_features", text_features, len(captions), "captions")
@@ -174,6 +183,8 @@ class CaptionRepository:
         lengths = text_features.norm(dim=1, keepdim=True)
         if bool((lengths == 0).any()):
             raise RepositoryError(f"text_features has only zeros in row {int((lengths == 0).nonzero()[0, 0])}")
+        text_features = text_features / lengths
+        approximate = index == "ivfpq" or (index is None and len(captions) >= LARGE)
         return cls(
             StoredRepository(
                 captions=captions,
@@ -181,9 +192,11 @@ class CaptionRepository:
                 parts=parts,
                 part_indices=part_indices,
                 part_features=part_features,
-                text_features=text_features / lengths,
+                text_features=text_features,
                 encoder_fingerprint=encoder_fingerprint,
                 random_weights=random_weights,
+                triplet_extractor=triplet_extractor,
+                index=learn(text_features) if approximate else None,
             )
         )
 
@@ -201,7 +214,8 @@ class CaptionRepository:
 
         frame_features: image features [B, N, D_v], or [N, D_v] for one video (B = 1), not normalised.
         exclude_video_ids: one id for each of the B videos, None where nothing is excluded; a string for one video.
-        Exact: the same captions as sorting all cosines, captions of equal cosine in the order of the repository.
+        Exact: the same captions as sorting all cosines, captions of equal cosine in the order of the repository. With
+        an IVF-PQ index the cosines and their order are exact, and some of the k best captions may be missed for others.
         Raises ValueError or TypeError for the arguments, RepositoryTooSmall where fewer than `k` captions are left.
         """
         queries = self._check_query(frame_features)
@@ -216,8 +230,7 @@ class CaptionRepository:
                     f"the repository has {len(self) - count} captions{without}, fewer than k = {k}"
                 )
         own = torch.tensor([-2 if video is None else self._number_of_video.get(video, -2) for video in excluded])
-        # FAISS may propose the excluded captions first, so it is asked for as many more.
-        indices, similarity = self._nearest(queries, own, k, wanted=k + max(counts) + 8)
+        indices, similarity = self._index.nearest(queries, own, self._video_numbers, k, max(counts))
         device = frame_features.device
         return Retrieved(
             indices=indices.to(device),
@@ -228,36 +241,21 @@ class CaptionRepository:
             triplet_texts=[[self.triplet(index) for index in row] for row in indices.tolist()],
         )
 
+    def set_effort(self, *, probes: int | None = None, candidates: int | None = None) -> None:
+        """How hard an IVF-PQ index looks, None as before: more finds more of the best captions, and takes longer.
+
+        probes: lists that are scanned; candidates: captions that are then ranked exactly. Kept by `save`. Raises
+        ValueError for numbers below 1, and for a repository whose index is flat and finds all.
+        """
+        _check_effort(probes=probes, candidates=candidates)
+        if not isinstance(self._index, IvfPqIndex):
+            raise ValueError("set_effort is for an IVF-PQ index: this repository's is flat, and always finds the best")
+        self._index.set_effort(probes, candidates)
+
     def triplet(self, index: int) -> Triplet:
         """Subject, predicate and object of caption `index`."""
         subject, predicate, object_ = (self._parts[place] for place in self._part_indices[index].tolist())
         return subject, predicate, object_
-
-    def _nearest(
-        self, queries: torch.Tensor, own_video: torch.Tensor, k: int, wanted: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Unit queries float64 [B, D], number of the excluded video [B] -> indices int64, cosines float32 [B, k].
-
-        FAISS proposes `wanted` captions, which are scored again in float64 and rounded, so that neither the order of
-        equal captions nor the last digit depends on how many videos are searched at once. What FAISS left out is no
-        better than its last proposal: where that comes within rounding of the k-th best, the query is asked again.
-        """
-        wanted = min(len(self), wanted)
-        self._faiss.omp_set_num_threads(torch.get_num_threads())
-        proposed, rows = self._index.search(queries.float().numpy(), wanted)
-        # Ascending rows and a stable sort: captions of equal cosine keep the order of the repository.
-        candidates = torch.from_numpy(rows).sort(dim=1).values
-        # (5), one row at a time: a matrix product may treat equal rows differently by where they stand.
-        cosines = (self._unit_features[candidates] * queries[:, None, :]).sum(dim=2).float()
-        hidden = self._video_numbers[candidates] == own_video[:, None]
-        order = cosines.masked_fill(hidden, -torch.inf).argsort(dim=1, descending=True, stable=True)[:, :k]  # (6)
-        indices, best = candidates.gather(1, order), cosines.gather(1, order)
-        if wanted < len(self):
-            open_queries = torch.from_numpy(proposed[:, -1]) >= best[:, -1] - _ROUNDING
-            for row in open_queries.nonzero()[:, 0].tolist():
-                one = slice(row, row + 1)
-                indices[one], best[one] = self._nearest(queries[one], own_video[one], k, 4 * wanted)
-        return indices, best
 
     def _check_query(self, features: torch.Tensor) -> torch.Tensor:
         """[B, N, D] or [N, D] -> the unit mean over frames, float64 [B, D] on the CPU."""
@@ -293,7 +291,10 @@ class CaptionRepository:
         return excluded
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes `manifest.json`, `captions.json`, `features.safetensors` into `folder`, which is made if need be."""
+        """Writes `manifest.json`, `captions.json`, `features.safetensors` into `folder`, which is made if need be.
+
+        An IVF-PQ index is written beside them, as `index.safetensors`.
+        """
         write_repository(
             folder,
             StoredRepository(
@@ -302,29 +303,38 @@ class CaptionRepository:
                 parts=self._parts,
                 part_indices=self._part_indices,
                 part_features=self._part_features,
-                text_features=self._unit_features,
+                text_features=self._index.features,
                 encoder_fingerprint=self.encoder_fingerprint,
                 random_weights=self.random_weights,
+                triplet_extractor=self.triplet_extractor,
+                index=self._index.content,
             ),
         )
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], encoder_fingerprint: str | None = None) -> CaptionRepository:
-        """Reads what `save` wrote. The file is mapped, and its text features are copied once, straight into FAISS.
+        """Reads what `save` wrote. The file is mapped; a flat index copies its text features once, straight into FAISS,
+        and an IVF-PQ index reads them where they lie, so that they take no memory that cannot be given back.
 
         encoder_fingerprint: of the towers that will be used; EncoderMismatch where the repository has another.
         Raises FileNotFoundError where there is no folder, CorruptRepository where its files do not make a repository.
         """
         stored = read_repository(folder)
         if encoder_fingerprint is not None:
-            _check_encoder(stored.encoder_fingerprint, encoder_fingerprint)
+            _check_encoder(stored.encoder_fingerprint, encoder_fingerprint, f" in {os.fspath(folder)}")
         return cls(stored)
 
 
-def _check_encoder(built_with: str, wanted: str) -> None:
+def _check_effort(**counts: int | None) -> None:
+    for argument, value in counts.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{argument} must be an integer of at least 1, not {value!r}")
+
+
+def _check_encoder(built_with: str, wanted: str, place: str = "") -> None:
     if wanted != built_with:
         raise EncoderMismatch(
-            f"the repository was built with the encoder {built_with[:12]}, not with {wanted[:12]}: "
+            f"the repository{place} was built with the encoder {built_with[:12]}, not with {wanted[:12]}: "
             "build it again with the towers that encode the frames"
         )
 
@@ -366,10 +376,3 @@ def _check_features(argument: str, features: torch.Tensor, rows: int, what: str)
     if len(broken):
         raise RepositoryError(f"{argument} has NaN or infinite values in row {int(broken[0])}")
     return features
-
-
-def _import_faiss() -> Any:
-    try:
-        return importlib.import_module("faiss")
-    except ImportError as error:
-        raise ImportError(f"the caption repository needs FAISS ({error}): pip install faiss-cpu") from error

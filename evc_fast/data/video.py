@@ -23,30 +23,30 @@ import numpy as np
 import torch
 
 from evc_fast.data.truncation import missing_bytes
+from evc_fast.data.video_errors import (
+    EmptyVideo,
+    NoVideoStream,
+    OutOfMemory,
+    TruncatedVideo,
+    UnreadableVideo,
+    VideoError,
+)
+
+__all__ = [
+    "EmptyVideo",
+    "NoVideoStream",
+    "OutOfMemory",
+    "TruncatedVideo",
+    "UnreadableVideo",
+    "VideoError",
+    "VideoFrames",
+    "frame_indices",
+    "read_frames",
+]
 
 _SPOOL_BYTES = 64 << 20  # a pipe's bytes are kept in memory up to here, beyond on disk
 _MAX_REORDER = 16  # no codec delays a frame by more: damage among the last 16 frames cannot be told from a break
 _MAX_PASSES = 4
-
-
-class VideoError(ValueError):
-    """A video that cannot be read; every kind of it below names the file and the reason in one sentence."""
-
-
-class UnreadableVideo(VideoError):
-    """No demuxer or no decoder takes the file, or not one of its frames decodes."""
-
-
-class EmptyVideo(VideoError):
-    """The file has no bytes."""
-
-
-class NoVideoStream(VideoError):
-    """The file has no moving or still picture: audio, subtitles, or a cover image beside audio only."""
-
-
-class TruncatedVideo(VideoError):
-    """The file breaks off before its end."""
 
 
 class VideoFrames(NamedTuple):
@@ -76,7 +76,11 @@ def frame_indices(num_decoded: int, num_frames: int) -> list[int]:
 
 
 def read_frames(
-    source: str | os.PathLike[str] | BinaryIO, num_frames: int = 16, *, allow_truncated: bool = False
+    source: str | os.PathLike[str] | BinaryIO,
+    num_frames: int = 16,
+    *,
+    allow_truncated: bool = False,
+    threads: int = 0,
 ) -> VideoFrames:
     """Samples `num_frames` frames of a video: a path, a pipe, or a binary file object (read from its start, left open).
 
@@ -90,12 +94,17 @@ def read_frames(
     lengths (MP4, MOV, Matroska, WebM, AVI) or by damage that reaches the last frames; a stream without such lengths
     (MPEG-TS, FLV, GIF, raw) that was cut exactly between two frames cannot be told from a shorter one.
 
+    `threads` of the decoder: 0 takes as many as it finds cores; the frames are the same.
+
     Raises FileNotFoundError, TypeError and ValueError for the arguments, and the kinds of VideoError: UnreadableVideo,
-    EmptyVideo, NoVideoStream, TruncatedVideo. What a file object raises while it is read is passed on.
+    EmptyVideo, NoVideoStream, TruncatedVideo, OutOfMemory. What a file object raises while it is read is passed on.
     """
     if isinstance(num_frames, bool) or not isinstance(num_frames, int) or num_frames < 1:
         raise ValueError(f"num_frames must be an integer of at least 1, not {num_frames!r}")
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 0:
+        raise ValueError(f"threads must be an integer of at least 0, not {threads!r}")
     with _seekable(source) as video:
+        video.threads = threads
         missing = missing_bytes(video.file)
         if missing and not allow_truncated:
             raise TruncatedVideo(
@@ -107,6 +116,8 @@ def read_frames(
             if not missing:
                 raise
             raise TruncatedVideo(f"{video.name} breaks off before its first whole frame") from error
+        except MemoryError as error:
+            raise OutOfMemory(f"decoding {video.name} takes more memory than there is") from error
 
 
 @dataclass
@@ -117,6 +128,7 @@ class _Source:
     target: str | BinaryIO
     file: BinaryIO
     size: int
+    threads: int = 0
 
 
 @contextmanager
@@ -154,6 +166,8 @@ def _opened(video: _Source) -> Iterator[tuple[av.container.InputContainer, av.Vi
     video.file.seek(0)
     try:
         container = av.open(video.target, "r")
+    except MemoryError:  # PyAV's own is an FFmpegError too
+        raise
     except (av.FFmpegError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UnreadableVideo(f"{video.name} is not a video that FFmpeg can read: {reason}") from error
@@ -167,6 +181,7 @@ def _opened(video: _Source) -> Iterator[tuple[av.container.InputContainer, av.Vi
         if stream.codec_context is None:
             raise UnreadableVideo(f"{video.name} holds a video stream that this FFmpeg has no decoder for")
         stream.thread_type = "AUTO"
+        stream.codec_context.thread_count = video.threads
         yield container, stream
 
 
@@ -216,6 +231,11 @@ def _demux(container: av.container.InputContainer, stream: av.VideoStream, healt
             packet = next(packets)
         except StopIteration:
             return
+        except IndexError:  # PyAV's, at a packet of a stream that has only now begun: not ours, and reading goes on
+            packets = container.demux(stream)
+            continue
+        except MemoryError:  # a lack of memory is no damage that could be passed over
+            raise
         except av.FFmpegError:
             health.damaged, health.last_packet_damaged = health.damaged + 1, True
             yield av.Packet()
@@ -235,6 +255,8 @@ def _decode(container: av.container.InputContainer, stream: av.VideoStream, heal
             frames = stream.decode(packet if packet.size else None)
         except av.error.EOFError:
             return
+        except MemoryError:
+            raise
         except av.FFmpegError:
             health.damaged, health.last_packet_damaged = health.damaged + 1, True
             continue
@@ -294,7 +316,7 @@ def _decode_sample(video: _Source, expected: int, num_frames: int) -> _Sample:
 
 def _to_rgb(frame: av.VideoFrame, width: int, height: int) -> torch.Tensor:
     """One decoded frame -> uint8 [H, W, 3], upright."""
-    pixels = torch.from_numpy(frame.reformat(width=width, height=height, format="rgb24").to_ndarray())
+    pixels = torch.from_numpy(frame.reformat(width=width, height=height, format="rgb24", threads=1).to_ndarray())
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return pixels

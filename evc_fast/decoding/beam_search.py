@@ -26,6 +26,7 @@ class BeamSearchOutput(NamedTuple):
     sequences: Tensor  # [B, T] int64, without the start token; EOS included, then `pad_id`
     scores: Tensor  # [B] float32, sum of log-probabilities / length ** length_penalty
     lengths: Tensor  # [B] int64, generated tokens, EOS included
+    margins: Tensor  # [B] float32: scores (sums of log-probabilities) that are off by less than half do not change it
 
 
 def check_search_options(
@@ -95,7 +96,8 @@ def beam_search(
     device = torch.device("cpu" if device is None else device)
     if batch_size == 0:
         empty = torch.zeros(0, dtype=torch.int64, device=device)
-        return BeamSearchOutput(empty.new_zeros(0, 0), torch.zeros(0, device=device), empty)
+        nothing = torch.zeros(0, device=device)
+        return BeamSearchOutput(empty.new_zeros(0, 0), nothing, empty, nothing)
 
     b, beams = batch_size, num_beams
     # Running beams: running [B, beams, T], running_scores [B, beams]; `rows_per_item` is 1 until the first selection.
@@ -106,6 +108,8 @@ def beam_search(
     best = running[:, 0].clone()
     best_score = finished_scores[:, 0].clone()
     best_length = torch.zeros(b, dtype=torch.int64, device=device)
+    margins = torch.full((b,), float("inf"), device=device)
+    unit = min(1.0, max_new_tokens**length_penalty)  # a hypothesis' score is off by at most its sum's error / unit
     done = torch.zeros(b, dtype=torch.bool, device=device)
     item_offset = torch.arange(b, device=device)[:, None]
     last_ids = torch.full((b,), bos_id, dtype=torch.int64, device=device)
@@ -124,12 +128,14 @@ def beam_search(
         if t < min_new_tokens:
             candidates[:, :, eos_id] = _DEAD
 
-        # 2 * beams candidates: at most `beams` of them end in EOS, so `beams` can always go on.
-        scores, tokens, parents = _best_candidates(candidates, 2 * beams)
+        # At most `beams` candidates end in EOS, so that `beams` can always go on; and one that is left behind.
+        scores, tokens, parents = _best_candidates(candidates, 2 * beams + 1)
 
         # Hypotheses: only what ranks among the first `beams` may end (a beam cut at the last step ends too).
         ends = tokens == eos_id
         length = t + 1
+        margin = _margin(scores, ends, beams, last_step)
+        margins = torch.where(done, margins, torch.minimum(margins, margin))
         ending = torch.full_like(scores, _DEAD)
         ending[:, :beams] = scores[:, :beams] / length**length_penalty
         if not last_step:
@@ -142,9 +148,9 @@ def beam_search(
         best = torch.where(better[:, None], sequence, best)
         best_score = torch.where(better, score, best_score)
         best_length = torch.where(better, length, best_length)
+        finished_scores = torch.cat((finished_scores, ending), dim=1).topk(beams, dim=1).values
         if last_step:
             break
-        finished_scores = torch.cat((finished_scores, ending), dim=1).topk(beams, dim=1).values
 
         # Running beams: the best `beams` candidates that do not end; they stay sorted, best first.
         running_scores, order = scores.masked_fill(ends, _DEAD).topk(beams, dim=1)
@@ -154,6 +160,9 @@ def beam_search(
 
         # Nothing has ended before min_new_tokens, so there is no flag to fetch from the device until then.
         if length > min_new_tokens:
+            if stopping == "heuristic" and beams > 1:
+                slack = unit * (running_scores[:, 0] / length**length_penalty - finished_scores[:, -1]).abs()
+                margins = torch.where(done | slack.isnan(), margins, torch.minimum(margins, slack))
             done |= _finished(running_scores[:, 0], best_score, finished_scores, length, max_new_tokens,
                               length_penalty, stopping)  # fmt: skip
             if bool(done.all()):
@@ -163,12 +172,14 @@ def beam_search(
         if not _is_identity(rows, b * rows_per_item):
             state = reorder(state, rows)
 
+    if beams > 1:
+        margins = torch.minimum(margins, unit * (finished_scores[:, 0] - finished_scores[:, 1]))
     if not bool(best_score.isfinite().all()):
         bad = (~best_score.isfinite()).nonzero()[:, 0].tolist()
         raise RuntimeError(
             f"no hypothesis of finite score for batch items {bad}: log-probabilities are NaN or all -inf"
         )
-    return BeamSearchOutput(best[:, : int(best_length.max())], best_score, best_length)
+    return BeamSearchOutput(best[:, : int(best_length.max())], best_score, best_length, margins)
 
 
 def _best_candidates(candidates: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,6 +195,25 @@ def _best_candidates(candidates: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor
         scores = torch.cat((scores, scores.new_full((b, missing), _DEAD)), dim=1)
         index = torch.cat((index, index.new_zeros(b, missing)), dim=1)
     return scores, index % vocabulary, index // vocabulary
+
+
+def _margin(scores: Tensor, ends: Tensor, beams: int, last_step: bool) -> Tensor:
+    """Gap [B] between the nearest of the sorted candidates [B, 2 beams + 1] of which one is taken and the other not.
+
+    `ends` tells which of them end. Between hypotheses that have ended the search chooses later.
+    """
+    ranked = _gap(scores, beams)
+    if last_step:
+        return ranked if beams == 1 else torch.full_like(ranked, float("inf"))
+    ranked = ranked.masked_fill(~ends[:, beams - 1 : beams + 1].any(dim=1), float("inf"))  # may it end, or not?
+    going_on = scores.masked_fill(ends, _DEAD).topk(beams + 1, dim=1).values
+    return torch.minimum(ranked, _gap(going_on, beams))
+
+
+def _gap(scores: Tensor, place: int) -> Tensor:
+    """Between scores [B, n] at `place` - 1 and `place`, best first; infinite where there are not so many."""
+    gap = scores[:, place - 1] - scores[:, place]
+    return gap.masked_fill(scores[:, place] == _DEAD, float("inf"))
 
 
 def _is_identity(rows: Tensor, num_rows: int) -> bool:

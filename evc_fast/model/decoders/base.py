@@ -169,8 +169,12 @@ class SmallDecoder(nn.Module):
         start = target_ids.new_full((target_ids.shape[0], 1), self.vocabulary.bos_id)
         return torch.cat((start, target_ids[:, :-1]), dim=1)
 
+    def generate(self, tokens: Tensor, **options: Any) -> Tensor:
+        """Caption ids [B, T] int64; arguments and errors as of `search`."""
+        return self.search(tokens, **options)[0]
+
     @torch.no_grad()
-    def generate(
+    def search(
         self,
         tokens: Tensor,
         *,
@@ -178,8 +182,10 @@ class SmallDecoder(nn.Module):
         max_new_tokens: int = 32,
         min_new_tokens: int = 0,
         length_penalty: float = 1.0,
-    ) -> Tensor:
-        """Caption ids [B, T] int64 by beam search, without the start token, padded after EOS. Dropout is off.
+    ) -> tuple[Tensor, Tensor]:
+        """Caption ids [B, T] int64 by beam search, without the start token, padded after EOS, and the search's margins.
+
+        Margins are float32 [B]: how near another outcome was, see `BeamSearchOutput`. Dropout is off.
 
         <pad>, <bos> and <unk> are never generated.
 
@@ -193,7 +199,7 @@ class SmallDecoder(nn.Module):
         check_tokens(tokens, self.input_dim, self.device)
         check_search_options(num_beams, max_new_tokens, min_new_tokens, length_penalty)
         with evaluation_mode(self):
-            return beam_search(
+            found = beam_search(
                 self._step_log_probs,
                 self._start(tokens.to(self.dtype), max_new_tokens),
                 self._reorder,
@@ -206,7 +212,8 @@ class SmallDecoder(nn.Module):
                 min_new_tokens=min_new_tokens,
                 length_penalty=length_penalty,
                 device=tokens.device,
-            ).sequences
+            )
+        return found.sequences, found.margins
 
     def _step_log_probs(self, last_ids: Tensor, state: Any) -> tuple[Tensor, Any]:
         hidden, state = self._step(last_ids, state)

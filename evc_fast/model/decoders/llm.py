@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from evc_fast.data.hub import cached_folder
 from evc_fast.data.torchvision_ops import make_torchvision_importable
 from evc_fast.decoding import check_search_options
 from evc_fast.model.checkpoint import CONFIG_NAME, read_json
@@ -283,32 +284,60 @@ class LLMDecoder(nn.Module):
         ).logits
 
     @torch.no_grad()
-    def generate(
+    def generate(self, tokens: Tensor, **options: Any) -> Tensor:
+        """Caption ids [B, T] int64 by transformers' `generate`, without the start token, padded after EOS; no dropout.
+
+        Args:
+            tokens: [B, N_q, input_dim], any floating type.
+            num_beams: default 5; 1 is greedy search.
+            max_new_tokens, min_new_tokens: 32, 0; EOS counts as a token; both 15 forces exactly 15 tokens, for timing.
+            length_penalty: default 1; a hypothesis scores sum(log p) / length ** length_penalty.
+
+        Raises: ValueError on tokens of the wrong shape, type or device and on options out of range.
+        """
+        return self._tidy(self._generate(tokens, {}, **options))
+
+    @torch.no_grad()
+    def search(self, tokens: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        """What `generate` gives, and how near another outcome was, float32 [B].
+
+        With beams that is the gap between the best two captions' scores: transformers does not tell which beams it
+        dropped on the way. It keeps all steps' scores for it, B * num_beams * T * vocabulary * 4 bytes.
+        """
+        num_beams = options.get("num_beams", 5)
+        wanted = {"return_dict_in_generate": True, "output_scores": True, "num_return_sequences": min(2, num_beams)}
+        found = self._generate(tokens, wanted, **options)
+        if tokens.shape[0] == 0:
+            return found, torch.zeros(0, device=tokens.device)
+        ids = self._tidy(found.sequences[:: wanted["num_return_sequences"]])
+        if num_beams > 1:
+            best, second = found.sequences_scores.float().view(-1, 2).unbind(1)
+            return ids[:, : int((ids != self.pad_id).sum(1).max())], best - second  # the second may be longer
+        best, second = torch.stack(found.scores, 1).float().topk(2).values.unbind(2)  # [B, T]
+        return ids, (best - second).masked_fill(ids == self.pad_id, float("inf")).min(1).values
+
+    def _generate(
         self,
         tokens: Tensor,
+        wanted: dict[str, Any],
         *,
         num_beams: int = 5,
         max_new_tokens: int = 32,
         min_new_tokens: int = 0,
         length_penalty: float = 1.0,
-    ) -> Tensor:
-        """Caption ids [B, T] int64 by transformers' `generate`, without the start token, padded after EOS; no dropout.
-
-        Args:
-            tokens: [B, N_q, input_dim], any floating type.
-            num_beams: 1 is greedy search.
-            max_new_tokens, min_new_tokens: EOS counts as a token; both 15 forces exactly 15 tokens, for timing.
-            length_penalty: a hypothesis scores sum(log p) / length ** length_penalty.
-
-        Raises: ValueError on tokens of the wrong shape, type or device and on options out of range.
-        """
+    ) -> Any:
+        """transformers' `generate`, which returns ids or what is `wanted`; no ids where there are no videos."""
         check_search_options(num_beams, max_new_tokens, min_new_tokens, length_penalty)
         embeddings, mask = self._prefix(tokens, max_new_tokens)
         if tokens.shape[0] == 0:
             return torch.zeros(0, 0, dtype=torch.int64, device=tokens.device)
-        options = self.generation_config(num_beams, max_new_tokens, min_new_tokens, length_penalty)
+        config = self.generation_config(num_beams, max_new_tokens, min_new_tokens, length_penalty)
+        config.update(**wanted)
         with evaluation_mode(self):
-            ids = self.base.generate(inputs_embeds=embeddings, attention_mask=mask, generation_config=options)
+            return self.base.generate(inputs_embeds=embeddings, attention_mask=mask, generation_config=config)
+
+    def _tidy(self, ids: Tensor) -> Tensor:
+        """What transformers generated, without the start token, padded after EOS."""
         if self.family == "t5":
             ids = ids[:, 1:]  # the decoder's start token
         # transformers fills up with EOS where pad is id 0, as T5's is: what follows the first EOS is made pad here.
@@ -419,7 +448,9 @@ class LLMDecoder(nn.Module):
         else:
             if _is_missing_folder(content["base"]):
                 raise FileNotFoundError(f"the saved decoder's base LLM {content['base']} is not there ({folder})")
-            decoder = cls.from_pretrained(content["base"], family=family, **common)
+            # What is on this machine is read from there; a connection is opened for nothing but what lacks.
+            decoder = cls.from_pretrained(cached_folder(content["base"]) or content["base"], family=family, **common)
+            decoder._source = {"base": content["base"]}
         if content["lora"] is not None and lora == "default":
             options = dict(content["lora"])
             options["target_modules"] = options["target_modules"] and tuple(options["target_modules"])

@@ -1,0 +1,80 @@
+"""A trained model, opened to caption videos whose features are there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from evc_fast.cli.command import UsageError
+from evc_fast.cli.console import Update
+
+if TYPE_CHECKING:
+    from evc_fast.data.emotions import EmotionDictionary
+    from evc_fast.data.features import FeatureStore
+    from evc_fast.data.repository import CaptionRepository
+    from evc_fast.model.captioner import FaceNet
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A trained model with what it needs to caption videos whose features are there."""
+
+    model: FaceNet
+    features: FeatureStore
+    repository: CaptionRepository | None
+    dictionary: EmotionDictionary
+
+    def caption(self, video_ids: Sequence[str], update: Update, batch_size: int, num_beams: int) -> dict[str, str]:
+        """Video id -> caption, without retrieving a video's own. Raises UsageError, naming ids without features."""
+        from evc_fast.data.text_files import listed
+        from evc_fast.training.dataset import VideoBatches
+        from evc_fast.training.evaluation import caption_videos
+
+        missing = [video_id for video_id in video_ids if video_id not in self.features]
+        if missing:
+            raise UsageError(
+                f"{self.features.folder} has no features of {len(missing)} of {len(video_ids)} videos: "
+                f"{listed(missing)}"
+            )
+        k = self.model.encoder.config.num_triplets
+        videos = VideoBatches(video_ids, self.features, self.repository, k)
+        rows = range(len(video_ids))
+        return caption_videos(self.model, videos, rows, batch_size=batch_size, num_beams=num_beams, progress=update)
+
+
+def open_run(folder: Path, features: Path | None, repository: Path | None, device: str) -> OpenRun:
+    """The best model of a run's folder, or that of a captioner's folder.
+
+    features: None takes those that the run was trained with; repository: None takes the model's own.
+    Errors as of `Captioner.from_pretrained`; UsageError where no features are named.
+    """
+    from evc_fast.cli.options import silence_transformers, work_offline
+
+    work_offline()
+    silence_transformers()
+    from evc_fast.data.emotions import EmotionDictionary
+    from evc_fast.data.features import FeatureStore
+    from evc_fast.data.repository import CaptionRepository
+    from evc_fast.model.captioner import FaceNet
+    from evc_fast.model_folder import EMOTIONS, MODEL, REPOSITORY, ModelFolder, find_model_folder
+
+    home = ModelFolder.read(find_model_folder(folder))
+    if features is None and (folder / "config.yaml").is_file():
+        from evc_fast.training.config import load_config
+
+        features = load_config(folder / "config.yaml").data.features
+    if features is None:
+        raise UsageError(f"name the features of the videos by --features: {folder} does not say")
+    store = FeatureStore.open(features)
+    if store.fingerprint != home.clip_fingerprint:
+        raise UsageError(
+            f"the features in {features} are of another CLIP ({store.encoder}) than the model in {folder} was "
+            "trained with"
+        )
+    model = FaceNet.from_pretrained(home.path / MODEL, device=device)
+    found = None
+    if home.retrieval:
+        found = CaptionRepository.load(repository or home.path / REPOSITORY, store.fingerprint)
+    return OpenRun(model, store, found, EmotionDictionary.from_folder(home.path / EMOTIONS))
