@@ -284,9 +284,7 @@ class CaptionPipeline:
 
                 result = dataclasses.replace(result, pictures=small_pictures(own.video.frames, own.video.times))
             results.append(
-                dataclasses.replace(
-                    result, source=str(source), timings=dict(clock.seconds), batch_size=len(videos)
-                )
+                dataclasses.replace(result, source=str(source), timings=dict(clock.seconds), batch_size=len(videos))
             )
         return results
 
