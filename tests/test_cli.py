@@ -22,6 +22,7 @@ pytest.importorskip("spacy", reason="needs the packages of evc-fast[all]")
 import h5py
 from typer.testing import CliRunner, Result
 
+from evc_fast.captioner import Captioner
 from evc_fast.cli import console as consoles
 from evc_fast.cli.app import build_app
 from evc_fast.cli.console import Console, duration
@@ -139,6 +140,28 @@ def test_captions_and_what_explains_them(world: Path, tmp_path: Path) -> None:
     assert lines[:2] == [str(videos[0]), f"  caption: {first['caption']}"]
     assert "  emotions:" in lines and any(line.endswith("#" * 24) for line in lines)
     assert any(line.startswith("  gates: facts ") for line in lines)
+
+
+def test_a_video_is_not_told_its_own_captions(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+    caption = Captioner.caption
+    monkeypatch.setattr(
+        Captioner, "caption", lambda self, videos, **options: told.append(options) or caption(self, videos, **options)
+    )
+    videos = [world / "videos" / f"{name}.mp4" for name in TRAIN_IDS[:2]]
+    for command in (("caption",), ("report", "-o", tmp_path / "page.html")):
+        done(*command, *videos, "--model", world / "run", "--num-beams", 1)
+        assert told.pop()["video_ids"] == list(TRAIN_IDS[:2])
+
+
+def test_the_clip_of_a_model_that_names_none(world: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(world / "run" / "best", model)
+    manifest = json.loads((model / "captioner.json").read_text()) | {"clip": None}
+    (model / "captioner.json").write_text(json.dumps(manifest))
+    command = ("caption", world / "videos" / f"{TEST_IDS[0]}.mp4", "--model", model, "--num-beams", 1)
+    assert evc_fast(*command).exit_code == 1
+    assert "caption: " in done(*command, "--clip", world / "clip").stdout
 
 
 def test_a_caption_drawn_for_a_terminal(

@@ -30,6 +30,12 @@ Model = Annotated[
         " world only.",
     ),
 ]
+Clip = Annotated[
+    str | None,
+    typer.Option(
+        "--clip", help="The CLIP that the model was trained with, where it lies elsewhere than the model says."
+    ),
+]
 Videos = Annotated[list[Path], typer.Argument(help="Video files, or folders of them.", show_default=False)]
 Beams = Annotated[int, typer.Option("--num-beams", min=1, help="Of the beam search.")]
 BatchSize = Annotated[
@@ -49,11 +55,13 @@ def caption(
     num_beams: Beams = 5,
     num_emotions: Annotated[int, typer.Option("--num-emotions", min=0, help="Emotion words to show.")] = 5,
     batch_size: BatchSize = 8,
+    clip: Clip = None,
     device: o.Device = "auto",
 ) -> None:
     """Caption videos, and show why.
 
     Shown are emotions, the retrieved captions with their triplets and weights, and the gates of facts and emotions.
+    A video's name without suffix is its id: what the repository holds of the same id is not retrieved for it.
     A video that cannot be read does not stop the others; the exit code is 1 then.
     """
     if report is not None:
@@ -62,6 +70,7 @@ def caption(
         console,
         videos,
         model,
+        clip=clip,
         device=device,
         batch_size=batch_size,
         num_beams=num_beams,
@@ -88,7 +97,14 @@ def caption(
 
 
 def caption_all(
-    console: Console, videos: Sequence[Path], model: str, *, device: str, batch_size: int, **options: Any
+    console: Console,
+    videos: Sequence[Path],
+    model: str,
+    *,
+    clip: str | None,
+    device: str,
+    batch_size: int,
+    **options: Any,
 ) -> tuple[list[CaptionResult], list[dict[str, str]]]:
     """Captions of all videos, with progress; what could not be read is said at once, and listed."""
     found, _ = o.find_videos(videos, None)
@@ -96,7 +112,12 @@ def caption_all(
     o.silence_transformers()
     from evc_fast.captioner import Captioner
 
-    captioner = Captioner.from_pretrained(None if model == o.TOY else model, device=o.choose_device(device))
+    captioner = Captioner.from_pretrained(
+        None if model == o.TOY else model,
+        clip=None if clip is None else o.clip_source(clip),
+        device=o.choose_device(device),
+    )
+    sources, options = list(found.values()), {"video_ids": list(found), **options}
     failed: list[dict[str, str]] = []
 
     def note_failure(video: Any, error: ValueError) -> None:
@@ -104,12 +125,10 @@ def caption_all(
         console.fail(str(error))
 
     if len(found) == 1:  # a bar for one video would only flicker
-        return captioner.caption(list(found.values()), failed=note_failure, **options), failed
+        return captioner.caption(sources, failed=note_failure, **options), failed
     with console.progress("caption", "videos") as update:
         update(0, len(found))
-        results = captioner.caption(
-            list(found.values()), batch_size=batch_size, failed=note_failure, progress=update, **options
-        )
+        results = captioner.caption(sources, batch_size=batch_size, failed=note_failure, progress=update, **options)
     return results, failed
 
 

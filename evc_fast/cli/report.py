@@ -26,6 +26,7 @@ def report(
     model: captioning.Model = o.TOY,
     num_beams: captioning.Beams = 5,
     batch_size: captioning.BatchSize = 8,
+    clip: captioning.Clip = None,
     device: o.Device = "auto",
 ) -> None:
     """Caption videos into one HTML page.
@@ -35,7 +36,7 @@ def report(
     """
     captioning.require_file(output)
     results, failed = captioning.caption_all(
-        console, videos, model, device=device, batch_size=batch_size, num_beams=num_beams, pictures=True
+        console, videos, model, clip=clip, device=device, batch_size=batch_size, num_beams=num_beams, pictures=True
     )
     page = captioning.write_page(results, output, failed) if results else None
     data = {"report": page, "videos": len(results), "failed": failed}
