@@ -17,6 +17,7 @@ pytest.importorskip("accelerate")
 
 from accelerate.state import AcceleratorState, GradientState
 
+from evc_fast.data.captions import CaptionSet
 from evc_fast.data.check import Quarantine, Quarantined, TooManyBadVideos
 from evc_fast.metrics import Scores
 from evc_fast.model.captioner import FaceNet
@@ -256,6 +257,29 @@ def test_another_configuration_or_other_data_do_not_resume(tmp_path: Path, world
     fewer = world.train.subset(world.train.video_ids[:-1])
     with pytest.raises(CheckpointError, match="other data"):
         fit(tmp_path, dataclasses.replace(world, train=fewer), resume=True)
+
+
+def test_other_features_references_or_word_vectors_do_not_resume(tmp_path: Path, world: RunData) -> None:
+    config = training_config(tmp_path, data={"word_vectors": "glove.txt"}, trainer={"epochs": 1})
+    Trainer(config, world).fit()
+    features = {video_id: world.features[video_id].clone() for video_id in world.features.video_ids}
+    features[world.train.video_ids[0]][0, 0] += 1e-3
+    assert world.validation is not None and world.emotion_features is not None
+    validation = CaptionSet(dataclasses.replace(c, text=f"{c.text} again") for c in world.validation)
+    for other in (
+        {"features": MemoryFeatures(features)},
+        {"validation": validation},
+        {"emotion_features": world.emotion_features.flip(0)},
+    ):
+        with pytest.raises(CheckpointError, match="other data"):
+            Trainer(config, dataclasses.replace(world, **other)).fit(resume=True)
+
+
+def test_a_schedule_that_ends_with_the_epochs_keeps_them(tmp_path: Path, world: RunData) -> None:
+    cosine = {"schedule": "cosine", "warmup_steps": 0}
+    fit(tmp_path, world, optimiser=cosine, trainer={"epochs": 1})
+    with pytest.raises(CheckpointError, match=r"trainer.epochs was 1, is 2"):
+        fit(tmp_path, world, resume=True, optimiser=cosine, trainer={"epochs": 2})
 
 
 def test_a_loss_that_is_no_number_stops_with_the_videos(tmp_path: Path) -> None:

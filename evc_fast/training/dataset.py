@@ -110,8 +110,10 @@ class VideoBatches:
         return video, *(each[rows] for each in self._retrieved)
 
     def fingerprint(self) -> str:
-        """Of the videos, their order, and what was retrieved for them; not of the features themselves."""
+        """Of the videos, their order, their features, and what was retrieved for them."""
         digest = hashlib.sha256("\n".join(self.video_ids).encode())
+        for video_id in self.video_ids:
+            digest.update(self._features[video_id].numpy().tobytes())
         if self._retrieved is not None:
             _, similarity, groups = self._retrieved
             digest.update(similarity.numpy().tobytes())
@@ -153,7 +155,7 @@ class CaptionBatches:
         return [self._videos.video_ids[self._video_of[row]] for row in rows]
 
     def fingerprint(self) -> str:
-        """Of what the batches are made of but for the features: videos, what was retrieved for them, targets."""
+        """Of what the batches are made of: videos and their features, what was retrieved for them, targets."""
         digest = hashlib.sha256(self._videos.fingerprint().encode())
         for row, video in enumerate(self._video_of):
             digest.update(f"{self._videos.video_ids[video]} {self._targets.ids[row]}\n".encode())

@@ -451,10 +451,15 @@ class Trainer:
 
     def _fingerprint(self) -> str:
         """Of the data that a run learns from and is judged by."""
-        parts = [self.batches.fingerprint(), self.data.features.fingerprint, " ".join(self.data.dictionary.words)]
-        if self.validation is not None:
-            parts.append(self.validation.fingerprint())
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        data = self.data
+        parts = [self.batches.fingerprint(), data.features.fingerprint, " ".join(data.dictionary.words)]
+        if self.validation is not None and data.validation is not None:
+            parts += [self.validation.fingerprint(), *(f"{c.video_id} {c.text}" for c in data.validation)]
+        digest = hashlib.sha256("\n".join(parts).encode())
+        # E_0 by CLIP follows from the words and the features' fingerprint, up to rounding.
+        if data.emotion_features is not None and self.config.data.word_vectors is not None:
+            digest.update(data.emotion_features.numpy().tobytes())
+        return digest.hexdigest()
 
     def _agree(self) -> None:
         """Raise DataError unless all processes hold the same data and the same weights."""
@@ -476,12 +481,14 @@ def differing_keys(saved: dict[str, Any], given: dict[str, Any]) -> list[str]:
     return [
         f"{key} was {saved.get(key)!r}, is {given.get(key)!r}"
         for key in sorted(saved | given)
-        if saved.get(key) != given.get(key) and _must_stay(key)
+        if saved.get(key) != given.get(key) and _must_stay(key, saved)
     ]
 
 
-def _must_stay(key: str) -> bool:
+def _must_stay(key: str, saved: dict[str, Any]) -> bool:
     section, _, name = key.partition(".")
+    if key == "trainer.epochs":  # the cosine ends with them
+        return saved.get("optimiser.schedule") == "cosine"
     return section not in _MAY_CHANGE or (section == "trainer" and name in _MUST_STAY)
 
 
