@@ -19,6 +19,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 from evc_fast.data.captions import CaptionSet
 from evc_fast.data.check import Quarantine, Quarantined, TooManyBadVideos
+from evc_fast.data.files import lock_folder
 from evc_fast.metrics import Scores
 from evc_fast.model.captioner import FaceNet
 from evc_fast.testing.training_llm import tiny_llm_folder
@@ -273,6 +274,13 @@ def test_other_features_references_or_word_vectors_do_not_resume(tmp_path: Path,
     ):
         with pytest.raises(CheckpointError, match="other data"):
             Trainer(config, dataclasses.replace(world, **other)).fit(resume=True)
+
+
+def test_two_runs_do_not_train_into_one_folder(tmp_path: Path, world: RunData) -> None:
+    with lock_folder(tmp_path), pytest.raises(FileExistsError, match="another process is training into"):
+        fit(tmp_path, world)
+    assert {path.name for path in tmp_path.iterdir()} == {".lock"}
+    fit(tmp_path, world, trainer={"epochs": 1})
 
 
 def test_a_schedule_that_ends_with_the_epochs_keeps_them(tmp_path: Path, world: RunData) -> None:

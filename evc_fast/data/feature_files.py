@@ -7,25 +7,24 @@ gives the same bytes as one that was not interrupted. Nothing in the files can e
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from evc_fast.data.check import Quarantine, Quarantined, QuarantineError
-from evc_fast.data.files import write_atomically
+from evc_fast.data.files import lock_folder, write_atomically
 
 _FORMAT = "evc_fast frame features"
 _VERSION = 1
-_MANIFEST, _LOCK, _SHARD = "manifest.json", ".lock", "features-{:05d}.safetensors"
+_MANIFEST, _SHARD = "manifest.json", "features-{:05d}.safetensors"
 
 
 class FeatureError(ValueError):
@@ -133,8 +132,10 @@ class FeatureWriter:
         """
         self.folder = Path(folder)
         self.kind = kind
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock_folder(self.folder)
+        try:
+            self._lock = lock_folder(self.folder)
+        except BlockingIOError:
+            raise FeatureError(f"another process is writing features into {self.folder}") from None
         try:
             for leftover in self.folder.glob(".*.tmp"):
                 leftover.unlink()
@@ -344,17 +345,6 @@ def _read_manifest(folder: Path) -> tuple[FeatureKind, list[str], Quarantine, in
         return kind, names, Quarantine.from_json(manifest["failed"]), int(manifest["videos"])
     except (KeyError, TypeError, FeatureError, QuarantineError) as error:
         raise CorruptFeatures(f"{path} is damaged: {error}") from error
-
-
-def _lock_folder(folder: Path) -> TextIO:
-    """Open file whose lock ends with the process, however that ends."""
-    file = open(folder / _LOCK, "w")  # noqa: SIM115 - held open, that is the lock
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise FeatureError(f"another process is writing features into {folder}") from None
-    return file
 
 
 def _shard_paths(folder: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
@@ -10,13 +11,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
-from evc_fast.data.files import write_atomically
+from evc_fast.data.files import lock_folder, write_atomically
 from evc_fast.metrics import evaluate
 from evc_fast.model.captioner import TeacherForcing
 from evc_fast.training.checkpoint import (
@@ -169,17 +170,26 @@ class Trainer:
                 CPU with the same numbers, bit for bit, as if nothing had happened. Begins anew where there is none.
 
         Raises:
-            FileExistsError: the folder has checkpoints of a run, and ``resume`` is False.
+            FileExistsError: the folder has checkpoints of a run, and ``resume`` is False; or another process trains
+                into it.
             CheckpointError: the checkpoint is damaged, or of another configuration, data or number of processes.
             TrainingError: a loss is not a number.
         """
+        lock = self._lock() if self.accelerator.is_main_process else contextlib.nullcontext()
         try:
-            self._start(resume)
-            self._run_epochs()
-            return self._finish()
+            with lock:
+                self._start(resume)
+                self._run_epochs()
+                return self._finish()
         finally:
             if self._run_log is not None:
                 self._run_log.close()
+
+    def _lock(self) -> TextIO:
+        try:
+            return lock_folder(self.folder)
+        except BlockingIOError:
+            raise FileExistsError(f"another process is training into {self.folder}: name another output") from None
 
     def _run_epochs(self) -> None:
         trainer = self.config.trainer
@@ -221,7 +231,6 @@ class Trainer:
             self._restore(self.checkpoints.load(saved))
         self.accelerator.wait_for_everyone()  # all have read before anything is written
         if self.accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self.folder / "config.yaml", self.config.to_yaml().encode())
             self._run_log = RunLog(self.folder, self.progress.step, tensorboard=self.config.trainer.tensorboard)
         skipped = self.data.skipped
