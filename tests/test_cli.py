@@ -257,6 +257,14 @@ def test_features_that_others_have_extracted(world: Path, tmp_path: Path) -> Non
     assert (found["imported"], found["frames"], found["width"]) == (11, 4, 24)
     store = FeatureStore.open(tmp_path / "imported")
     assert store.fingerprint == made.fingerprint and torch.equal(store["held0"], made["held0"])
+    again = (*command, "-o", tmp_path / "imported")
+    assert "holds features: name another --output, or replace them by --restart" in evc_fast(*again).stderr
+    assert document(*again, "--restart") == found
+    with h5py.File(tmp_path / "wide.h5", "w") as file:
+        file["vid1"] = torch.zeros(5, 32).numpy()
+    refused = evc_fast("features", "--hdf5", tmp_path / "wide.h5", *command[3:], "-o", tmp_path / "wide")
+    assert refused.exit_code == 1 and "holds features of width 32, and those of" in refused.stderr
+    assert not list(tmp_path.glob("wide/features-*"))
     scores = ("evaluate", world / "run", "--captions", world / "captions_test.csv", "--no-meteor")
     own, imported = (document(*scores, *more) for more in ((), ("--features", tmp_path / "imported")))
     assert own == imported

@@ -58,6 +58,19 @@ def features(
     if (hdf5 is None) == (not videos):
         raise UsageError("name the videos, or a file by --hdf5, and not both")
     if hdf5 is not None:
+        given = {
+            "--captions": captions,
+            "--id-prefix": id_prefix,
+            "--mapping": mapping,
+            "--skip-missing": skip_missing,
+            "--quarantine": quarantine,
+            "--allow-truncated": allow_truncated,
+        }
+        unused = [name for name, value in given.items() if value]
+        if unused:
+            raise UsageError(f"{' and '.join(unused)} say how videos are read: --hdf5 takes all features of its file")
+        if not restart and any(output.glob("features-*.safetensors")):
+            raise UsageError(f"{output} holds features: name another --output, or replace them by --restart")
         _import(console, hdf5, output, clip, frames)
         return
     found, missing = o.find_videos(videos, captions, id_prefix, mapping, skip_missing)
@@ -98,7 +111,15 @@ def _import(console: Console, hdf5: Path, output: Path, clip: str, frames: int) 
     from evc_fast.data.features import import_hdf5
 
     with console.progress("features", "videos") as update:
-        store = import_hdf5(hdf5, output, frames, fingerprint=towers.fingerprint, encoder=towers.name, progress=update)
+        store = import_hdf5(
+            hdf5,
+            output,
+            frames,
+            fingerprint=towers.fingerprint,
+            encoder=towers.name,
+            width=towers.image_dim,
+            progress=update,
+        )
     data = {"folder": str(output), "imported": len(store), "frames": store.num_frames, "width": store.width}
     console.show(
         data, f"{len(store)} videos imported, {store.num_frames} frames of width {store.width}\nfeatures: {output}"

@@ -243,6 +243,7 @@ def import_hdf5(
     *,
     fingerprint: str,
     encoder: str = "imported",
+    width: int | None = None,
     keys: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> FeatureStore:
@@ -252,7 +253,7 @@ def import_hdf5(
     to video, the width may not. What `folder` held before is replaced.
 
     fingerprint: of the encoder that made the features: `ClipTowers.fingerprint` of the towers that search and caption
-        with them. encoder: its name, for messages.
+        with them. encoder: its name, for messages. width: of its features; None takes any.
     keys: video id -> name of its dataset; None takes every dataset under its own name.
 
     Raises ImportError without h5py, FileNotFoundError, and FeatureError for a file that is not HDF5, a dataset that is
@@ -268,8 +269,10 @@ def import_hdf5(
         raise FeatureError(f"{name} is not an HDF5 file that can be read: {error}") from error
     with file:
         keys = {key: key for key in file} if keys is None else {_checked_id(id_): key for id_, key in keys.items()}
-        widths = _check_datasets(file, keys, h5py, name)
-        kind = FeatureKind(fingerprint, encoder, False, num_frames, widths.pop())
+        found = _check_datasets(file, keys, h5py, name).pop()
+        if width is not None and found != width:
+            raise FeatureError(f"{name} holds features of width {found}, and those of {encoder} have {width}")
+        kind = FeatureKind(fingerprint, encoder, False, num_frames, found)
         done = 0
         with FeatureWriter(folder, kind, resume=False) as writer:
             for chunk in _chunks(list(keys), _VIDEOS_PER_SHARD):
