@@ -218,6 +218,12 @@ def test_configuration_files(world: Path, tmp_path: Path) -> None:
 def test_wrong_usage(world: Path, tmp_path: Path) -> None:
     clip = ("--clip", world / "clip", "-o", tmp_path / "f")
     assert refused(2, "features", *clip) == "name the videos, or a file by --hdf5, and not both"
+    train = world / "captions_train.csv"
+    other = refused(2, "index", train, "--clip", world / "clip", "-o", world / "features", "--overwrite")
+    assert other.endswith("features holds something else than a repository: name another folder by --output")
+    assert refused(2, "index", train, "--clip", world / "clip", "-o", train) == (
+        f"{train} is a file: name a folder by --output"
+    )
     unused = refused(2, "features", "--hdf5", "x.h5", "--mapping", "names.txt", "--skip-missing", *clip)
     assert unused == "--mapping and --skip-missing say how videos are read: --hdf5 takes all features of its file"
     assert refused(2, "features", world / "clip", *clip) == f"there are no videos in {world / 'clip'}"

@@ -51,8 +51,13 @@ def index(
     It holds captions, their triplets and text features, and a search index. Build it from the training captions
     alone, with the CLIP towers that make the frame features.
     """
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise UsageError(f"{output} is in use: name another folder by --output, or give --overwrite")
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"{output} is a file: name a folder by --output")
+    if output.is_dir() and any(output.iterdir()):
+        if not overwrite:
+            raise UsageError(f"{output} is in use: name another folder by --output, or give --overwrite")
+        if not (output / "captions.json").is_file():
+            raise UsageError(f"{output} holds something else than a repository: name another folder by --output")
     found = o.read_all_captions(captions, id_prefix)
     from evc_fast.data.index import build_repository
     from evc_fast.data.triplets import SpacyTriplets
