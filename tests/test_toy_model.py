@@ -15,7 +15,7 @@ from evc_fast.captioner import TOY_MODEL, TOY_NOTE
 from evc_fast.data.captions import read_captions
 from evc_fast.data.emotions import EmotionDictionary
 from evc_fast.data.features import FeatureStore
-from evc_fast.data.toy import ToyWorld, render_world
+from evc_fast.data.toy import ToyWorld, plan_world, render_world
 from evc_fast.data.toy.assets import CLIP_ASSETS
 from evc_fast.data.toy.evaluation import FACE_NET, NEAREST, SHUFFLED, ShuffledRetrieval, caption_test_clips
 from evc_fast.data.toy.face_net import build_model, prepare, train
@@ -68,8 +68,10 @@ def test_shipped_model_is_trained_and_names_its_clip_beside_it(captioner: Captio
     assert ModelFolder.read(TOY_MODEL).clip == "../clip"
     assert not captioner.pipeline.model.random_weights and not captioner.pipeline.towers.random_weights
     assert TOY_NOTE in captioner.pipeline.notes
-    # Of the training clips only: nothing of what the test asks can be retrieved.
-    assert captioner.pipeline.repository.triplet_extractor.startswith("spacy")
+    repository = captioner.pipeline.repository
+    assert repository is not None and repository.triplet_extractor.startswith("spacy")
+    # Nothing of what the test asks can be retrieved.
+    assert set(repository.video_ids) == {scene.video_id for scene in plan_world(0) if scene.split == "train"}
 
 
 def test_captions_of_unseen_combinations_name_subject_and_emotion(captioner: Captioner, world: ToyWorld) -> None:
