@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from evc_fast.data.emotions import EmotionDictionary
-from evc_fast.data.files import sync_folder
+from evc_fast.data.files import replacing_folder
 from evc_fast.model.captioner import FaceNet
 from evc_fast.model_card import ModelFacts, model_card, part_facts
 from evc_fast.model_folder import (
@@ -238,9 +238,7 @@ class Captioner:
             clip = f"./{CLIP}"
         elif clip is not None and Path(clip).is_dir():
             clip = os.path.abspath(clip)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("partial", "old"))
-        try:
+        with replacing_folder(folder) as partial:
             write_model_folder(
                 partial,
                 model=self.pipeline.model,
@@ -254,17 +252,6 @@ class Captioner:
             )
             if include_clip:
                 shutil.copytree(source, partial / CLIP)
-            for path in [*partial.rglob("*"), partial]:
-                _sync(path)
-            if folder.exists():
-                os.replace(folder, old)
-            os.replace(partial, folder)
-            sync_folder(folder.parent)
-        finally:
-            if old.exists() and not folder.exists():
-                os.replace(old, folder)
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
 
     def _card(self, facts: ModelFacts | None) -> str:
         if facts is None and self.card is not None:
@@ -274,14 +261,6 @@ class Captioner:
             parts, frozen = part_facts(pipeline.model, pipeline.repository, self.dictionary, self._clip_name)
             facts = ModelFacts(parts=parts, frozen=frozen, notes=tuple(pipeline.notes))
         return model_card(facts)
-
-
-def _sync(path: Path) -> None:
-    if path.is_dir():
-        sync_folder(path)
-        return
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 def _towers(stored: ModelFolder, clip: str | os.PathLike[str] | ClipTowers | None, device: torch.device) -> ClipTowers:

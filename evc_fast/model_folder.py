@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evc_fast.data.files import write_atomically
+from evc_fast.data.files import write_atomically, write_json
 
 if TYPE_CHECKING:
     from evc_fast.data.emotions import EmotionDictionary
@@ -137,7 +137,7 @@ def write_model_folder(
         "temporal_kernel": temporal_kernel,
         "notes": list(notes),
     }
-    write_atomically(folder / MANIFEST, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    write_json(folder / MANIFEST, content)
 
 
 def find_model_folder(name: str | os.PathLike[str]) -> Path:

@@ -21,6 +21,7 @@ from evc_fast.model.decoders.vocabulary import Vocabulary
 from evc_fast.model.encoder import FaceNetEncoder
 from evc_fast.model_folder import find_model_folder
 from evc_fast.pipeline import CaptionPipeline, random_repository
+from evc_fast.testing.videos import write_video
 
 pytest.importorskip("av")
 
@@ -83,27 +84,13 @@ def captioner(clip_folder):
     return tiny_captioner(clip_folder, notes=["trained on nothing"])
 
 
-def write_clip(path, seed, frames=6, width=48, height=32):
-    import av
-
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=10)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        generator = torch.Generator().manual_seed(seed)
-        colours = torch.randint(0, 256, (height // 8, width // 8, 3), dtype=torch.uint8, generator=generator)
-        picture = colours.repeat_interleave(8, 0).repeat_interleave(8, 1)
-        for shift in range(frames):
-            frame = av.VideoFrame.from_ndarray(picture.roll(3 * shift, 1).numpy(), format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return path
-
-
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clips")
     sizes = [(48, 32), (64, 48), (32, 64), (48, 32), (80, 32)]
-    return [write_clip(folder / f"clip{n}.mp4", n, frames=3 + n, width=w, height=h) for n, (w, h) in enumerate(sizes)]
+    return [
+        write_video(folder / f"clip{n}.mp4", seed=n, frames=3 + n, width=w, height=h) for n, (w, h) in enumerate(sizes)
+    ]
 
 
 @pytest.fixture(scope="module")

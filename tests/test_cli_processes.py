@@ -27,7 +27,7 @@ from evc_fast.data.captions import read_captions
 from evc_fast.data.clip import ClipTowers
 from evc_fast.data.features import FeatureStore, extract_features
 from evc_fast.data.index import build_repository
-from evc_fast.testing.cli_world import TRAIN_IDS, write_world
+from evc_fast.testing.cli_world import TRAIN_IDS, SameTriplet, write_world
 from evc_fast.training.checkpoint import CheckpointFolder
 from evc_fast.training.logs import read_log
 
@@ -44,15 +44,6 @@ socket.getaddrinfo = socket.create_connection = socket.socket.connect = refuse
 MAIN = "from evc_fast.cli import main; main()"
 
 
-class Nothing:
-    """An extractor without a parser."""
-
-    name = "nothing"
-
-    def __call__(self, captions, progress=None):
-        return [("man", "do", "something")] * len(captions)
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Videos, captions, CLIP, features and a repository."""
@@ -61,7 +52,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     videos = {video_id: folder / "videos" / f"{video_id}.mp4" for video_id in TRAIN_IDS}
     extract_features(videos, towers, folder / "features", num_frames=4, workers=1)
     captions = read_captions(folder / "captions_train.csv")
-    build_repository(captions, towers, Nothing()).save(folder / "repository")
+    build_repository(captions, towers, SameTriplet()).save(folder / "repository")
     return folder
 
 

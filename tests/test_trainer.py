@@ -276,6 +276,15 @@ def test_other_features_references_or_word_vectors_do_not_resume(tmp_path: Path,
             Trainer(config, dataclasses.replace(world, **other)).fit(resume=True)
 
 
+def test_a_checkpoint_of_a_gpu_does_not_go_on_without_one(tmp_path: Path, world: RunData) -> None:
+    fit(tmp_path, world, trainer={"epochs": 1})
+    trainer = Trainer(training_config(tmp_path, trainer={"epochs": 1}), world)
+    saved = trainer.checkpoints.load(trainer.checkpoints.newest())
+    saved.tensors["rng"]["cuda"] = saved.tensors["rng"]["cpu"]
+    with pytest.raises(CheckpointError, match="was saved on cuda and can only go on there, this run is on cpu"):
+        trainer._restore(saved)
+
+
 def test_two_runs_do_not_train_into_one_folder(tmp_path: Path, world: RunData) -> None:
     with lock_folder(tmp_path), pytest.raises(FileExistsError, match="another process is training into"):
         fit(tmp_path, world)

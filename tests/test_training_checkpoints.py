@@ -58,7 +58,7 @@ def test_old_ones_go_and_the_same_step_may_come_again(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003-2", "step-00000003-3"]
 
 
-@pytest.mark.parametrize("failing", ["save_file", "sync_folder", "write_atomically"])
+@pytest.mark.parametrize("failing", ["save_file", "sync_folder", "write_json"])
 def test_a_save_that_fails_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
     folder = CheckpointFolder(tmp_path, keep=1)
     folder.save(1, tensors(1), {})

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from evc_fast.data.files import write_atomically
+from evc_fast.data.files import write_json
 from evc_fast.data.guarded import Limits, run_guarded
 from evc_fast.data.video import read_frames
 
@@ -109,8 +109,7 @@ class Quarantine:
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Writes the list as JSON, in one step."""
-        text = json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n"
-        write_atomically(Path(path), text.encode())
+        write_json(Path(path), self.to_json())
 
     def __contains__(self, video_id: object) -> bool:
         return video_id in self._entries

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from evc_fast.data.check import Quarantine, Quarantined, QuarantineError
-from evc_fast.data.files import lock_folder, write_atomically
+from evc_fast.data.files import lock_folder, write_atomically, write_json
 
 _FORMAT = "evc_fast frame features"
 _VERSION = 1
@@ -201,7 +201,7 @@ class FeatureWriter:
             "shards": [{"file": path.name, "sha256": _sha256(path)} for path in self._paths],
             "failed": Quarantine(self.failed.values()).to_json(),
         }
-        write_atomically(self.folder / _MANIFEST, json.dumps(manifest, indent=1).encode() + b"\n")
+        write_json(self.folder / _MANIFEST, manifest)
 
     def _take(
         self, sizes: Mapping[str, int], failed: Quarantine | Sequence[Quarantined], failed_sizes: Mapping[str, int]

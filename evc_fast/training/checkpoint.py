@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from evc_fast.data.files import sync_folder, write_atomically
+from evc_fast.data.files import sync_folder, sync_tree, write_json
 
 __all__ = [
     "Checkpoint",
@@ -110,7 +110,7 @@ class CheckpointFolder:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         sync_folder(self.folder)
-        write_atomically(final / _MARKER, (json.dumps(marker, indent=1) + "\n").encode())
+        write_json(final / _MARKER, marker)
         for path in self.complete()[: -self.keep]:
             _remove(path)
         return final
@@ -182,12 +182,7 @@ def link_folder(link: Path, write: Callable[[Path], None], name: str) -> Path:
     except BaseException:  # Ctrl-C and a full disk too
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    for path in sorted(folder.rglob("*"), reverse=True):
-        if path.is_file():
-            _sync(path)
-        else:
-            sync_folder(path)
-    sync_folder(folder)
+    sync_tree(folder)
     sync_folder(home)
     fresh = home / ".link"
     fresh.symlink_to(os.path.join(home.name, folder.name))
@@ -256,11 +251,6 @@ def _size_and_digest(path: Path, *, sync: bool = False) -> list[int | str]:
             os.fsync(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return [file.tell(), digest]
-
-
-def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 def _remove(path: Path) -> None:

@@ -28,16 +28,22 @@ __all__ = [
     "OptimiserConfig",
     "RunConfig",
     "TrainerConfig",
+    "differing_keys",
     "load_config",
 ]
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 _FROM_THE_DATA = ("video_dim", "text_dim", "emotion_dim", "num_emotions", "output_dim")
 """Fields of FaceNetConfig that no file may set: they follow from features, dictionary and decoder."""
+_MAY_CHANGE = ("output", "data", "trainer")
+"""Sections in which a resumed run may differ; data are held against their fingerprint instead."""
+_MUST_STAY = ("batch_size", "micro_batch_size", "clip_norm", "precision", "gradient_checkpointing")
+"""Keys of ``trainer`` on which a step's numbers depend."""
 
 
 class Section(BaseModel):
@@ -61,7 +67,7 @@ class DataConfig(Section):
     """Empty: ``validation_share`` of the training videos, with all their captions, is set apart."""
     validation_share: Share = 0.1
     """0 trains without validation: no early stopping, and the last model is the best one."""
-    split_seed: NonNegative = 0
+    split_seed: Seed = 0
     features: str | None = None
     """Folder of frame features (`evc-fast features`)."""
     repository: str | None = None
@@ -181,7 +187,7 @@ class TrainerConfig(Section):
     """Activations are computed again in the backward pass instead of being kept."""
     device: Literal["auto", "cpu"] = "auto"
     patience: Positive | None = 5
-    """Epochs without a better validation CFS after which training stops; none never stops early."""
+    """Validations without a better CFS after which training stops; none never stops early."""
     evaluate_every: Positive = 1
     """Epochs between validations."""
     num_beams: Positive = 5
@@ -199,7 +205,7 @@ class TrainerConfig(Section):
 class RunConfig(Section):
     """All of a run."""
 
-    seed: NonNegative = 0
+    seed: Seed = 0
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
@@ -279,3 +285,27 @@ def _all_paths(section: type[Section], before: str = "") -> list[str]:
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             paths += _all_paths(field.annotation, f"{before}{name}.")
     return paths
+
+
+def differing_keys(saved: dict[str, Any], given: dict[str, Any]) -> list[str]:
+    """What of two configurations differs though a step's numbers depend on it: "optimiser.lr was 0.1, is 0.2"."""
+    saved, given = _flat(saved), _flat(given)
+    return [
+        f"{key} was {saved.get(key)!r}, is {given.get(key)!r}"
+        for key in sorted(saved | given)
+        if saved.get(key) != given.get(key) and _must_stay(key, saved)
+    ]
+
+
+def _must_stay(key: str, saved: dict[str, Any]) -> bool:
+    section, _, name = key.partition(".")
+    if key == "trainer.epochs":  # the cosine ends with them
+        return saved.get("optimiser.schedule") == "cosine"
+    return section not in _MAY_CHANGE or (section == "trainer" and name in _MUST_STAY)
+
+
+def _flat(tree: dict[str, Any], before: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{before}{key}.") if isinstance(value, dict) else {before + key: value}
+    return flat

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from evc_fast.data.captions import CaptionSet
+from evc_fast.data.files import write_json
 from evc_fast.model.captioner import FaceNet
 from evc_fast.model_card import CaptionData, FrozenPart, ModelFacts, model_card, part_facts, without_path
 from evc_fast.model_folder import write_model_folder
@@ -44,8 +44,7 @@ def save_captioner(
         clip_fingerprint=data.features.fingerprint,
         card=model_card(run_facts(model, data, config, step=step, scores=scores)),
     )
-    text = json.dumps({"step": step, "scores": scores}, indent=1) + "\n"
-    (folder / SCORES).write_text(text, encoding="utf-8")
+    write_json(folder / SCORES, {"step": step, "scores": scores})
 
 
 def run_facts(

@@ -30,7 +30,7 @@ from evc_fast.training.checkpoint import (
     restore_weights,
     trained_tensors,
 )
-from evc_fast.training.config import ConfigError, RunConfig
+from evc_fast.training.config import ConfigError, RunConfig, differing_keys
 from evc_fast.training.dataset import Batch, CaptionBatches, CaptionSampler, DataError, VideoBatches
 from evc_fast.training.evaluation import caption_videos_together
 from evc_fast.training.logs import RunLog
@@ -48,10 +48,6 @@ except ModuleNotFoundError as error:
 __all__ = ["RunResult", "Trainer", "TrainingError"]
 
 _PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-_MAY_CHANGE = ("output", "data", "trainer")
-"""Sections in which a resumed run may differ; data are held against their fingerprint instead."""
-_MUST_STAY = ("batch_size", "micro_batch_size", "clip_norm", "precision", "gradient_checkpointing")
-"""Keys of ``trainer`` on which a step's numbers depend."""
 _log = logging.getLogger(__name__)
 
 Listener = Callable[[dict[str, Any]], None]
@@ -163,7 +159,7 @@ class Trainer:
         torch.manual_seed(config.seed * 1_000_003 + 1 + self.accelerator.process_index)
 
     def fit(self, *, resume: bool = False) -> RunResult:
-        """Train to the last epoch, or until validation has not become better for ``patience`` epochs.
+        """Train to the last epoch, or until ``patience`` validations have not become better.
 
         Args:
             resume: go on from the newest complete checkpoint in the run's folder, at the very batch that was next; on a
@@ -439,12 +435,19 @@ class Trainer:
             raise CheckpointError(f"{saved.path} is of another configuration: {'; '.join(differing)}")
         if state["fingerprint"] != self.fingerprint:
             raise CheckpointError(
-                f"{saved.path} is of other data: captions, features, repository or emotion words have changed"
+                f"{saved.path} is of other data: captions, features, repository, emotion words or their vectors have "
+                "changed"
             )
         if state["processes"] != accelerator.num_processes:
             raise CheckpointError(
                 f"{saved.path} was saved by {state['processes']} processes and can only go on with as many, this run "
                 f"has {accelerator.num_processes}"
+            )
+        kind = "cuda" if "cuda" in saved.tensors["rng"] else "cpu"
+        if kind != accelerator.device.type:
+            raise CheckpointError(
+                f"{saved.path} was saved on {kind} and can only go on there, this run is on {accelerator.device.type}"
+                + ("; trainer.device=cpu keeps it there" if kind == "cpu" else "")
             )
         restore_weights(self.model, saved.tensors["model"])
         restore_optimiser(self.optimiser, self.names, saved.tensors["optimiser"])
@@ -482,27 +485,3 @@ class Trainer:
             self._run_log.write(record)
         if self._listener is not None and self.accelerator.is_main_process:
             self._listener(record)
-
-
-def differing_keys(saved: dict[str, Any], given: dict[str, Any]) -> list[str]:
-    """What of two configurations differs though a step's numbers depend on it: "optimiser.lr was 0.1, is 0.2"."""
-    saved, given = _flat(saved), _flat(given)
-    return [
-        f"{key} was {saved.get(key)!r}, is {given.get(key)!r}"
-        for key in sorted(saved | given)
-        if saved.get(key) != given.get(key) and _must_stay(key, saved)
-    ]
-
-
-def _must_stay(key: str, saved: dict[str, Any]) -> bool:
-    section, _, name = key.partition(".")
-    if key == "trainer.epochs":  # the cosine ends with them
-        return saved.get("optimiser.schedule") == "cosine"
-    return section not in _MAY_CHANGE or (section == "trainer" and name in _MUST_STAY)
-
-
-def _flat(tree: dict[str, Any], before: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{before}{key}.") if isinstance(value, dict) else {before + key: value}
-    return flat

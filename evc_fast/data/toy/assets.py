@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
-import json
 import os
 import platform
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evc_fast.data.clip import ClipTowers
+from evc_fast.data.files import replacing_folder, write_json
 from evc_fast.data.preprocessing import CLIP_MEAN, CLIP_STD
 from evc_fast.data.toy.scenes import SIZE, Scene
 from evc_fast.data.toy.small_clip import EMOTION_TEMPLATE, FACTS, ClipRecipe, fact_prompts
@@ -33,9 +32,6 @@ def save_clip(
 
     manifest: None leaves it out. Weights are stored in float16; the folder appears when it is complete.
     """
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("partial", "old"))
     preprocessing = {
         "do_resize": True,
         "size": {"shortest_edge": SIZE},
@@ -49,18 +45,12 @@ def save_clip(
         "image_std": list(CLIP_STD),
         "image_processor_type": "CLIPImageProcessor",
     }
-    try:
+    with replacing_folder(Path(folder)) as partial:
         copy.deepcopy(model).half().save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        _write_json(partial / "preprocessor_config.json", preprocessing)
+        write_json(partial / "preprocessor_config.json", preprocessing)
         if manifest is not None:
-            _write_json(partial / "manifest.json", manifest)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+            write_json(partial / "manifest.json", manifest)
 
 
 def versions(*others: str) -> dict[str, str]:
@@ -94,11 +84,3 @@ def zero_shot(towers: ClipTowers, frames: Tensor, scenes: Sequence[Scene]) -> di
         truth = torch.tensor([FACTS[fact].index(getattr(scene, fact)) for scene in scenes])
         shares[fact] = (nearest.cpu() == truth).float().mean().item()
     return shares
-
-
-def _write_json(path: Path, content: object) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from evc_fast.data.captions import read_captions
 from evc_fast.data.features import FeatureStore, extract_features
-from evc_fast.data.files import sync_folder, write_atomically
+from evc_fast.data.files import replacing_folder, write_json
 from evc_fast.data.toy.assets import versions
 from evc_fast.data.toy.evaluation import FACE_NET, NEAREST, caption_test_clips
 from evc_fast.data.toy.world import ToyWorld
@@ -165,9 +162,7 @@ def _write(
         frozen=(FrozenPart("the small CLIP of the toy world", "features of frames, captions, triplets", "MIT"),),
         notes=("It knows short clips of drawn people and animals and nothing else.",),
     )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("partial", "old"))
-    try:
+    with replacing_folder(folder) as partial:
         write_model_folder(
             partial,
             model=model,
@@ -179,14 +174,7 @@ def _write(
         )
         sizes = {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
         manifest["bytes"] = sizes | {"all": sum(sizes.values())}
-        write_atomically(partial / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(partial, folder)
-        sync_folder(folder.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        write_json(partial / "manifest.json", manifest)
 
 
 def _rounded(value: float | None) -> float | None:

@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import platform
-import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from evc_fast.data.files import replacing_folder, write_json
 from evc_fast.data.toy.actions import ACTIONS
 from evc_fast.data.toy.faces import EXPRESSIONS
 from evc_fast.data.toy.figures import SUBJECTS
@@ -122,8 +122,7 @@ def render_world(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ToyWorldError(f"{folder} exists and is not an empty folder: name another one, or empty it")
     scenes = plan_world(seed, limit=limit)
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    try:
+    with replacing_folder(folder) as partial:
         (partial / "videos").mkdir(parents=True)
         for done, _ in enumerate(_render_clips(scenes, partial / "videos", workers), 1):
             if progress is not None:
@@ -131,12 +130,7 @@ def render_world(
         sentences = {scene.video_id: tuple(describe(scene)) for scene in scenes}
         for split in SPLITS:
             _write_captions(partial / f"captions_{split}.csv", (s for s in scenes if s.split == split), sentences)
-        _write_json(partial / "world.json", _as_json(seed, scenes, sentences))
-        if folder.exists():
-            folder.rmdir()
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        write_json(partial / "world.json", _as_json(seed, scenes, sentences))
     return ToyWorld(folder, seed, tuple(scenes), sentences)
 
 
@@ -177,8 +171,6 @@ def _write_captions(path: Path, scenes: Iterable[Scene], sentences: dict[str, tu
         writer.writerow(["VideoID", "EmCaptions"])
         for scene in scenes:
             writer.writerows([scene.video_id, sentence.text] for sentence in sentences[scene.video_id])
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _as_json(seed: int, scenes: list[Scene], sentences: dict[str, tuple[Sentence, ...]]) -> dict[str, object]:
@@ -193,10 +185,3 @@ def _as_json(seed: int, scenes: list[Scene], sentences: dict[str, tuple[Sentence
         "versions": {"av": av.__version__, "numpy": np.__version__, "python": platform.python_version()},
         "clips": [asdict(scene) | {"captions": [asdict(s) for s in sentences[scene.video_id]]} for scene in scenes],
     }
-
-
-def _write_json(path: Path, content: object) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())

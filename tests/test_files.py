@@ -1,0 +1,107 @@
+"""Files and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from evc_fast.data import files
+from evc_fast.data.files import replacing_folder, write_json
+
+
+def write(folder: Path, text: str) -> None:
+    with replacing_folder(folder) as partial:
+        (partial / "below").mkdir(parents=True)
+        (partial / "below" / "text").write_text(text)
+
+
+def content(folder: Path) -> dict[str, str]:
+    """Everything that stands where `folder` does, leftovers included."""
+    found = {str(path.relative_to(folder.parent)): path for path in folder.parent.rglob("*") if path.is_file()}
+    return {name: path.read_text() for name, path in found.items()}
+
+
+@pytest.mark.parametrize("one_step", [True, False])
+def test_a_folder_is_replaced(tmp_path: Path, one_step: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not one_step:
+        monkeypatch.setattr(files, "_exchange", lambda first, second: False)
+    folder = tmp_path / "new" / "folder"
+    for text in ("first", "second"):
+        write(folder, text)
+        assert content(folder) == {"folder/below/text": text}
+
+
+def test_a_folder_is_replaced_in_one_step_where_the_file_system_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, other = tmp_path / "folder", tmp_path / "other"
+    write(folder, "first")
+    other.mkdir()
+    has_it = files._exchange(folder, other) and files._exchange(folder, other)
+    other.rmdir()
+    seen: list[bool] = []
+    replace = os.replace
+
+    def watch(source: Path, target: Path) -> None:
+        replace(source, target)
+        seen.append(folder.exists())
+
+    monkeypatch.setattr(os, "replace", watch)
+    write(folder, "second")
+    assert seen == ([] if has_it else [False, True])
+    monkeypatch.setattr(files, "_exchange", lambda first, second: False)
+    seen.clear()
+    write(folder, "third")
+    assert seen == [False, True]
+    assert content(folder) == {"folder/below/text": "third"}
+
+
+def test_a_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
+    write(tmp_path / "folder", "first")
+    link = tmp_path / "link"
+    link.symlink_to("folder")
+    write(link, "second")
+    assert link.is_symlink()
+    assert content(tmp_path / "folder") == {"folder/below/text": "second"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "link"]
+
+
+def test_what_was_there_stays_where_writing_or_renaming_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "folder"
+    write(folder, "first")
+    with pytest.raises(KeyboardInterrupt), replacing_folder(folder) as partial:
+        partial.mkdir()
+        (partial / "half").write_text("")
+        raise KeyboardInterrupt
+    assert content(folder) == {"folder/below/text": "first"}
+
+    replace = os.replace
+    monkeypatch.setattr(files, "_exchange", lambda first, second: False)
+
+    def fail_once(source: Path, target: Path) -> None:
+        if Path(source).name.endswith(".partial"):
+            raise OSError("no space")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail_once)
+    with pytest.raises(OSError, match="no space"):
+        write(folder, "second")
+    assert content(folder) == {"folder/below/text": "first"}
+
+
+def test_json_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file.json"
+    write_json(path, {"name": "é"})
+    assert path.read_text(encoding="utf-8") == '{\n "name": "é"\n}\n'
+    with pytest.raises(TypeError):
+        write_json(path, {"name": object()})
+
+    def interrupt(descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_json(path, {"name": "other"})
+    assert content(path) == {"file.json": '{\n "name": "é"\n}\n'}
