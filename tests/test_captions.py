@@ -163,6 +163,8 @@ def test_data_sets_are_merged_unless_they_share_an_id():
     assert merge_captions(make(2), other).video_ids == ("vid0", "vid1", "joy_1")
     with pytest.raises(CaptionError, match="set 1 and set 2 both have captions of vid0: give one of them an id_prefix"):
         merge_captions(make(2), make(1))
+    with pytest.raises(CaptionError, match=r"a\.csv and b\.csv both have captions of vid0"):
+        merge_captions(make(2), make(1), names=["a.csv", "b.csv"])
 
 
 def test_splits_that_share_a_video_are_refused():

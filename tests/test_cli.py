@@ -185,7 +185,15 @@ def test_a_page_alone(world: Path, tmp_path: Path) -> None:
     assert "held0" in page.read_text(encoding="utf-8")
 
 
-def test_what_is_checked_is_left_out(world: Path, tmp_path: Path) -> None:
+def test_videos_of_one_name_in_two_folders(world: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "held0.mp4"
+    shutil.copy(world / "videos" / "held0.mp4", copy)
+    found = document("caption", world / "videos" / "held0.mp4", copy, "--model", world / "run", "--num-beams", 1)
+    assert [entry["source"] for entry in found["captions"]] == [str(world / "videos" / "held0.mp4"), str(copy)]
+    assert found["captions"][0]["caption"] == found["captions"][1]["caption"]
+
+
+def test_what_is_checked_is_left_out(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     videos = shutil.copytree(world / "videos", tmp_path / "videos")
     (videos / "clip0.mp4").write_bytes(b"nothing")
     listed = tmp_path / "bad.json"
@@ -193,9 +201,13 @@ def test_what_is_checked_is_left_out(world: Path, tmp_path: Path) -> None:
     assert (found["videos"], found["usable"], found["kinds"]) == (11, 10, {"UnreadableVideo": 1})
     assert [entry["id"] for entry in found["bad"]] == ["clip0"] and "clip0" in Quarantine.read(listed)
     some = [videos / "clip0.mp4", videos / "clip1.mp4"]
+    monkeypatch.chdir(tmp_path)
     too_many = evc_fast("data", "check", *some, "--max-bad", 0.1, "--workers", 1)
     assert too_many.exit_code == 1 and "more than the 10.0% of --max-bad" in too_many.stderr
     assert too_many.stdout.startswith("2 videos: 1 usable, 1 not\nUnreadableVideo: 1\nclip0: ")
+    assert too_many.stdout.endswith("quarantine list: quarantine.json\n") and "clip0" in Quarantine.read(
+        "quarantine.json"
+    )
     run = ("train", world / "config.yaml", *training(world), "--quarantine", listed, "-o", tmp_path / "run")
     stopped = evc_fast(*run)
     assert stopped.exit_code == 1
@@ -245,6 +257,55 @@ def test_ids_of_emvidcap(world: Path, tmp_path: Path) -> None:
     store = FeatureStore.open(tmp_path / "features")
     assert store.video_ids == ("vid1", "vid2")
     assert_close(store["vid1"], FeatureStore.open(world / "features")["clip3"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_prefix_for_each_file(world: Path, tmp_path: Path) -> None:
+    files = [tmp_path / "one.csv", tmp_path / "two.csv"]
+    for path in files:
+        path.write_text("VideoID,EmCaptions\n1,a man runs\n2,a dog sleeps\n")
+    given = [part for path in files for part in ("--captions", path)]
+    prefixes = ("--id-prefix", "", "--id-prefix", "vid")
+    train = document("train", "toy", *given, *prefixes, "--dry-run")
+    assert [file["id_prefix"] for file in train["data"]["captions"]] == ["", "vid"]
+    held_out = document("train", "toy", *given[:2], "--validation", files[1], *prefixes, "--dry-run")
+    assert held_out["data"]["validation_captions"] == [{"path": str(files[1]), "id_prefix": "vid"}]
+    assert document("data", "stats", *files, *prefixes)["videos"] == 4
+    assert document("data", "stats", files[0], "--factual", files[1], "--id-prefix", "vid")["videos"] == 2
+
+
+def test_videos_that_cannot_be_scored_are_left_out_where_it_is_asked(world: Path, tmp_path: Path) -> None:
+    captions = tmp_path / "captions.csv"
+    captions.write_text((world / "captions_test.csv").read_text() + "elsewhere,a dog sleeps\n")
+    command = ("evaluate", world / "run", "--captions", captions, "--no-meteor")
+    strict = evc_fast(*command)
+    assert strict.exit_code == 1
+    assert "has no features of 1 of 4 videos: elsewhere; --skip-missing scores the others" in strict.stderr
+    result = done(*command, "--skip-missing", "--json")
+    found = json.loads(result.stdout)
+    assert (found["videos"], found["missing"]) == (3, ["elsewhere"])
+    assert "1 video left out, elsewhere first" in result.stderr
+    whole = document("evaluate", world / "run", "--captions", world / "captions_test.csv", "--no-meteor")
+    assert found["overall"] == whole["overall"] and whole["missing"] == []
+    made = {"held1": "a man runs", "elsewhere": "a dog sleeps"}
+    (tmp_path / "made.json").write_text(json.dumps(made))
+    both = ("evaluate", "--compare", world / "run", tmp_path / "made.json", *command[2:], "--samples", 10)
+    found = document(*both, "--skip-missing")
+    assert (found["videos"], found["missing"]) == (1, ["elsewhere", "held0", "held2"])
+    (tmp_path / "made.json").write_text(json.dumps({"elsewhere": "a dog sleeps"}))
+    assert "no video that both runs can be scored on" in evc_fast(*both, "--skip-missing").stderr
+
+
+def test_runs_of_two_dictionaries_are_compared_by_the_one_that_is_named(world: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(world / "run" / "best", tmp_path / "other")
+    emotions = other / "emotions"
+    shutil.rmtree(emotions)
+    emotions.mkdir()
+    (emotions / "joy.txt").write_text("happy\n")
+    options = ("--features", world / "features", "--no-meteor", "--samples", 10)
+    command = ("evaluate", "--compare", world / "run", other, "--captions", world / "captions_test.csv", *options)
+    refused = evc_fast(*command)
+    assert refused.exit_code == 2 and "different emotion dictionaries: name one by --emotions" in refused.stderr
+    assert document(*command, "--emotions", emotions)["videos"] == 3
 
 
 def test_features_that_others_have_extracted(world: Path, tmp_path: Path) -> None:

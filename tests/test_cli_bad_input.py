@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -25,22 +26,13 @@ from evc_fast.data.clip import ClipTowers
 from evc_fast.data.emotions import EmotionDictionary
 from evc_fast.data.feature_files import FeatureKind, FeatureWriter
 from evc_fast.data.index import build_repository
-from evc_fast.testing.cli_world import TRAIN_IDS, write_clip_folder, write_world
+from evc_fast.testing.cli_world import TRAIN_IDS, SameTriplet, write_clip_folder, write_world
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 APP = build_app()
 WORDS = EmotionDictionary.default().words
 HEADER = "VideoID,EmCaptions\n"
-
-
-class Nothing:
-    """An extractor without a parser."""
-
-    name = "nothing"
-
-    def __call__(self, captions, progress=None):
-        return [("man", "do", "something")] * len(captions)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +43,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     captions = CaptionSet([Caption(video_id, "a man runs") for video_id in TRAIN_IDS])
     for suffix in ("", "-2"):
         towers = ClipTowers.from_pretrained(folder / f"clip{suffix}")
-        build_repository(captions, towers, Nothing()).save(folder / f"repository{suffix}")
+        build_repository(captions, towers, SameTriplet()).save(folder / f"repository{suffix}")
         if not suffix:
             kind = FeatureKind(towers.fingerprint, towers.name, False, 4, towers.image_dim)
             with FeatureWriter(folder / "features", kind, resume=False) as writer:
@@ -241,6 +233,50 @@ def test_wrong_usage(world: Path, tmp_path: Path) -> None:
     for wrong in (("trian",), ("train",), ("train", "toy", "--epochs", "3"), ("caption", "x", "--num-beams", "0")):
         result = CliRunner().invoke(APP, wrong)
         assert result.exit_code == 2 and "Usage: evc-fast" in result.stderr and result.stdout == ""
+
+
+def test_outputs_are_looked_at_before_the_work(world: Path, tmp_path: Path) -> None:
+    test, nowhere = ("--captions", world / "captions_test.csv"), tmp_path / "nowhere"
+    commands = (
+        ("evaluate", "nothing is opened", *test, "--output"),
+        ("data", "check", world / "videos", "--quarantine"),
+        ("caption", world / "videos", "--report"),
+        ("report", world / "videos", "--output"),
+    )
+    for command in commands:
+        assert refused(2, *command, tmp_path) == f"{tmp_path} is a folder: name the file to write"
+        assert refused(2, *command, nowhere / "file") == f"there is no folder {nowhere} to write file to"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_prefixes(world: Path, tmp_path: Path) -> None:
+    two = ("--id-prefix", "a", "--id-prefix", "b")
+    assert refused(2, "data", "stats", world / "captions_train.csv", *two) == (
+        "give --id-prefix once, or once a file of captions, not 2 for 1"
+    )
+    assert "--id-prefix goes with --captions" in refused(
+        2, "train", "toy", "--id-prefix", "vid", "-o", tmp_path / "run"
+    )
+    said = train(world, 1, "--id-prefix", "vid")
+    assert said.endswith("; the captions' ids are such as 'vidclip0', the features' such as 'clip0': look at id_prefix")
+
+
+def test_names_of_files_that_are_not_utf_8(world: Path, tmp_path: Path) -> None:
+    name = os.fsencode(tmp_path) + b"/caf\xe9.mp4"
+    try:
+        shutil.copy(world / "videos" / "clip0.mp4", name)
+    except OSError:
+        pytest.skip("this file system takes names in UTF-8 alone")
+    for command in (("caption",), ("data", "check"), ("features", "--clip", world / "clip")):
+        assert refused(2, *command, tmp_path) == f"the name of {os.fsdecode(name)!a} is not UTF-8: rename it"
+
+
+def test_one_video_cannot_be_split(world: Path, tmp_path: Path) -> None:
+    path = tmp_path / "captions.csv"
+    path.write_text(f"{HEADER}clip0,a man runs\n")
+    assert train(world, 1, captions=path) == (
+        "one video cannot be split for validation: data.validation_share=0 trains without"
+    )
 
 
 def test_where_an_error_arose_and_errors_that_nobody_foresaw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,6 +79,8 @@ def test_a_file_lies_over_its_preset_and_overrides_over_both(tmp_path: Path) -> 
         ("- 1\n", "must hold sections with keys, it holds a list"),
         ("preset: evc\n", "line 1: preset must be one of"),
         ("1: 2\n", "1 is not a key of the configuration"),
+        ("trainer: &all\n  epochs: *all\n", "line 2: trainer.epochs is an alias of what it stands in"),
+        ("seed: 4294967296\n", "line 1: seed: input should be less than 4294967296"),
     ],
 )
 def test_a_wrong_file_is_told_by_line_and_key(tmp_path: Path, text: str, message: str) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from evc_fast.cli import caption_view as view
 from evc_fast.cli import options as o
-from evc_fast.cli.command import FAILED, UsageError, command
+from evc_fast.cli.command import FAILED, command
 from evc_fast.cli.console import Console
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def caption(
     A video that cannot be read does not stop the others; the exit code is 1 then.
     """
     if report is not None:
-        require_file(report)
+        o.require_file(report)
     results, failed = caption_all(
         console,
         videos,
@@ -107,7 +107,7 @@ def caption_all(
     **options: Any,
 ) -> tuple[list[CaptionResult], list[dict[str, str]]]:
     """Captions of all videos, with progress; what could not be read is said at once, and listed."""
-    found, _ = o.find_videos(videos, None)
+    found = o.source_files(videos)
     o.work_offline()  # models come from folders or from the hub's cache, whatever they are called
     o.silence_transformers()
     from evc_fast.captioner import Captioner
@@ -117,7 +117,7 @@ def caption_all(
         clip=None if clip is None else o.clip_source(clip),
         device=o.choose_device(device),
     )
-    sources, options = list(found.values()), {"video_ids": list(found), **options}
+    options = {"video_ids": [path.stem for path in found], **options}
     failed: list[dict[str, str]] = []
 
     def note_failure(video: Any, error: ValueError) -> None:
@@ -125,17 +125,11 @@ def caption_all(
         console.fail(str(error))
 
     if len(found) == 1:  # a bar for one video would only flicker
-        return captioner.caption(sources, failed=note_failure, **options), failed
+        return captioner.caption(found, failed=note_failure, **options), failed
     with console.progress("caption", "videos") as update:
         update(0, len(found))
-        results = captioner.caption(sources, batch_size=batch_size, failed=note_failure, progress=update, **options)
+        results = captioner.caption(found, batch_size=batch_size, failed=note_failure, progress=update, **options)
     return results, failed
-
-
-def require_file(page: Path) -> None:
-    """Raises UsageError where a page cannot be written: before the work rather than after it."""
-    if page.is_dir():
-        raise UsageError(f"{page} is a folder: name the file that the page is written to")
 
 
 def write_page(results: Sequence[CaptionResult], path: Path, failed: Sequence[dict[str, str]]) -> str:

@@ -16,7 +16,7 @@ from evc_fast.cli.console import Console
 def build() -> typer.Typer:
     """The group `data`."""
     app = typer.Typer(help="Look at data before it is used, and make a toy world.", no_args_is_help=True)
-    command(app, "check", example="evc-fast data check videos/ --quarantine bad.json")(check)
+    command(app, "check", example="evc-fast data check videos/\nevc-fast train ... --quarantine quarantine.json")(check)
     command(app, "stats", example="evc-fast data stats captions_train.csv")(stats)
     command(app, "toy", example="evc-fast data toy world\nevc-fast data toy small-world --limit 20")(toy)
     return app
@@ -26,10 +26,10 @@ def check(
     console: Console,
     videos: Annotated[list[Path], typer.Argument(help="Folders of videos, or files.", show_default=False)],
     quarantine: Annotated[
-        Path | None, typer.Option("--quarantine", "-o", help="File to write the list of bad videos to, as JSON.")
-    ] = None,
+        Path, typer.Option("--quarantine", "-o", help="File that the list of bad videos is written to, as JSON.")
+    ] = Path("quarantine.json"),
     captions: o.CaptionFiles = None,
-    id_prefix: o.Prefix = "",
+    id_prefix: o.Prefixes = None,
     mapping: o.Mapping = None,
     max_bad: Annotated[
         float, typer.Option("--max-bad", min=0, max=1, help="Share of bad videos above which it exits with 1.")
@@ -43,8 +43,9 @@ def check(
     """List the videos that cannot be used.
 
     Every video is decoded, in a process of its own that can be killed. `features` and `train` skip what is on the
-    list.
+    list where they are given it by --quarantine.
     """
+    o.require_file(quarantine)
     found, _ = o.find_videos(videos, captions, id_prefix, mapping)
     from evc_fast.data.check import Quarantine, check_videos
 
@@ -59,8 +60,7 @@ def check(
             progress=update,
         )
     bad = Quarantine.of(checked)
-    if quarantine is not None:
-        bad.write(quarantine)
+    bad.write(quarantine)
     kinds = dict(Counter(video.kind for video in checked if not video.usable).most_common())
     data = {
         "videos": len(checked),
@@ -68,7 +68,7 @@ def check(
         "kinds": kinds,
         "damaged": [video.video_id for video in checked if video.usable and video.damaged],
         "bad": bad.to_json(),
-        "quarantine": None if quarantine is None else str(quarantine),
+        "quarantine": str(quarantine),
     }
     lines = [f"{len(checked)} videos: {data['usable']} usable, {len(bad)} not"]
     lines += [f"{kind}: {count}" for kind, count in kinds.items()]
@@ -76,8 +76,7 @@ def check(
         lines.append(bad.describe())
     if data["damaged"]:
         lines.append(f"usable, with damaged packets or frames: {', '.join(data['damaged'])}")
-    if quarantine is not None:
-        lines.append(f"quarantine list: {quarantine}")
+    lines.append(f"quarantine list: {quarantine}")
     console.show(data, "\n".join(lines))
     if len(bad) > max_bad * len(checked):
         console.fail(f"{len(bad)} of {len(checked)} videos cannot be used, more than the {max_bad:.1%} of --max-bad")
@@ -87,7 +86,7 @@ def check(
 def stats(
     console: Console,
     captions: Annotated[list[Path], typer.Argument(help=o.CAPTIONS_HELP, show_default=False)],
-    id_prefix: o.Prefix = "",
+    id_prefix: o.Prefixes = None,
     factual: Annotated[
         list[Path] | None,
         typer.Option("--factual", metavar="<path>", help="Factual captions of the same videos, for the second rule."),
@@ -100,8 +99,9 @@ def stats(
     """
     from evc_fast.data.statistics import describe_captions
 
-    found = o.read_all_captions(captions, id_prefix)
-    others = o.read_all_captions(factual, id_prefix) if factual else None
+    prefixes = o.id_prefixes([*captions, *(factual or ())], id_prefix)
+    found = o.read_all_captions(captions, prefixes[: len(captions)])
+    others = o.read_all_captions(factual, prefixes[len(captions) :]) if factual else None
     statistics = describe_captions(found, o.read_dictionary(emotions), factual=others)
     console.show(statistics.to_dict(), statistics.table())
 

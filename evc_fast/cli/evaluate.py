@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,11 +10,14 @@ import typer
 
 from evc_fast.cli import options as o
 from evc_fast.cli.command import UsageError, command
-from evc_fast.cli.console import Console
+from evc_fast.cli.console import Console, counted
 
 if TYPE_CHECKING:
+    from evc_fast.cli.models import OpenRun
     from evc_fast.data.captions import CaptionSet
     from evc_fast.data.emotions import EmotionDictionary
+    from evc_fast.metrics import Scores
+    from evc_fast.metrics.compare import Comparison
 
 _EXAMPLE = """
 evc-fast evaluate run --captions captions_test.csv
@@ -37,7 +41,7 @@ def evaluate(
         ),
     ],
     captions: o.CaptionFiles = None,
-    id_prefix: o.Prefix = "",
+    id_prefix: o.Prefixes = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Differences of two runs, with bootstrap intervals.")
     ] = False,
@@ -48,6 +52,9 @@ def evaluate(
         Path | None, typer.Option("--repository", help="To retrieve from; the run's own unless given.")
     ] = None,
     emotions: o.Emotions = None,
+    skip_missing: Annotated[
+        bool, typer.Option("--skip-missing", help="Score without the videos that have no features, or no caption.")
+    ] = False,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="File for scores and captions, as JSON; in a run's folder unless given."),
@@ -70,65 +77,86 @@ def evaluate(
         raise UsageError("name the captions to compare with by --captions")
     if len(runs) != (2 if compare else 1):
         raise UsageError(f"name {'two runs with --compare' if compare else 'one run, or two with --compare'}")
-    references = o.read_all_captions(captions, id_prefix)
-    search = {"num_beams": num_beams, "batch_size": batch_size, "device": o.choose_device(device)}
-    generated: list[dict[str, str]] = []
-    dictionary: EmotionDictionary | None = None if emotions is None else o.read_dictionary(emotions)
-    for run in runs:
-        made, own_dictionary = _captions_of(console, run, references, features, repository, search)
-        generated.append(made)
-        dictionary = dictionary or own_dictionary
-    dictionary = dictionary or o.read_dictionary(None)
-    if compare:
-        _compare(console, runs, generated, references, dictionary, output, meteor=meteor, samples=samples, seed=seed)
-        return
-    from evc_fast.data.files import write_atomically
-    from evc_fast.metrics import evaluate as score
-
-    scores = score(generated[0], references.references(), dictionary, meteor=meteor)
-    if output is None and runs[0].is_dir():
+    if output is None and not compare and runs[0].is_dir():
         output = runs[0] / f"scores-{captions[0].stem}.json"
     if output is not None:
-        write_atomically(output, scores.to_json().encode())
-    saved = f"\nscores and captions: {output}" if output is not None else ""
-    console.show(scores.to_dict(), scores.table() + saved)
+        o.require_file(output)
+    references = o.read_all_captions(captions, id_prefix)
+    device = o.choose_device(device)
+    found = [_open(run, features, repository, device) for run in runs]
+    dictionary = _dictionary(runs, found, emotions)
+    references, missing = _those_to_score(references, runs, found, skip_missing)
+    if missing:
+        console.say(f"{counted(len(missing), 'video')} left out, {missing[0]} first")
+    generated: list[dict[str, str]] = []
+    for run, each in zip(runs, found, strict=True):
+        if isinstance(each, dict):
+            generated.append({video_id: text for video_id, text in each.items() if video_id not in missing})
+            continue
+        with console.progress(f"caption by {run.name}", "videos") as update:
+            generated.append(each.caption(references.video_ids, update, batch_size, num_beams))
+    scores: Scores | Comparison
+    if compare:
+        from evc_fast.metrics.compare import compare as score
+
+        options = {"names": tuple(map(str, runs)), "samples": samples, "seed": seed}
+    else:
+        from evc_fast.metrics import evaluate as score
+
+        options = {}
+    scores = score(*generated, references.references(), dictionary, meteor=meteor, **options)
+    document = scores.to_dict() | {"missing": missing}
+    if output is not None:
+        from evc_fast.data.files import write_json
+
+        write_json(output, document)
+    saved = "" if output is None else f"\n{'differences' if compare else 'scores and captions'}: {output}"
+    console.show(document, scores.table() + saved)
 
 
-def _captions_of(
-    console: Console,
-    run: Path,
-    references: CaptionSet,
-    features: Path | None,
-    repository: Path | None,
-    search: dict[str, object],
-) -> tuple[dict[str, str], EmotionDictionary | None]:
-    """Video id -> caption of a run, which are made where it is a folder; and the dictionary it was trained with."""
+def _open(run: Path, features: Path | None, repository: Path | None, device: str) -> OpenRun | dict[str, str]:
+    """A run that is to caption, or the captions of a file."""
     if run.is_file():
         from evc_fast.data.caption_files import read_hypotheses
 
-        return read_hypotheses(run), None
+        return read_hypotheses(run)
     from evc_fast.cli.models import open_run
 
-    opened = open_run(run, features, repository, str(search["device"]))
-    with console.progress(f"caption by {run.name}", "videos") as update:
-        made = opened.caption(references.video_ids, update, search["batch_size"], search["num_beams"])
-    return made, opened.dictionary
+    return open_run(run, features, repository, device)
 
 
-def _compare(
-    console: Console,
-    runs: list[Path],
-    generated: list[dict[str, str]],
-    references: CaptionSet,
-    dictionary: EmotionDictionary,
-    output: Path | None,
-    **options: object,
-) -> None:
-    from evc_fast.data.files import write_atomically
-    from evc_fast.metrics.compare import compare
+def _dictionary(
+    runs: Sequence[Path], found: Sequence[OpenRun | dict[str, str]], emotions: Path | None
+) -> EmotionDictionary:
+    """The one that is named, else that of the runs, else the package's own."""
+    if emotions is not None:
+        return o.read_dictionary(emotions)
+    own = [each.dictionary for each in found if not isinstance(each, dict)]
+    if any(each != own[0] for each in own):
+        names = " and ".join(map(str, runs))
+        raise UsageError(f"{names} were trained with different emotion dictionaries: name one by --emotions")
+    return own[0] if own else o.read_dictionary(None)
 
-    names = tuple(map(str, runs))
-    found = compare(*generated, references.references(), dictionary, names=names, **options)
-    if output is not None:
-        write_atomically(output, found.to_json().encode())
-    console.show(found.to_dict(), found.table())
+
+def _those_to_score(
+    references: CaptionSet, runs: Sequence[Path], found: Sequence[OpenRun | dict[str, str]], skip_missing: bool
+) -> tuple[CaptionSet, list[str]]:
+    """The references of the videos that every run can be scored on, and the ids of the others."""
+    from evc_fast.data.text_files import listed
+    from evc_fast.metrics import MetricsError
+
+    wanted = references.video_ids
+    missing: dict[str, None] = {}
+    for run, each in zip(runs, found, strict=True):
+        if isinstance(each, dict):
+            lacking, what = [video_id for video_id in wanted if video_id not in each], f"{run} has no captions"
+        else:
+            lacking, what = each.without_features(wanted), f"{each.features.folder} has no features"
+        if lacking and (not skip_missing or len(lacking) == len(wanted)):
+            hint = "" if len(lacking) == len(wanted) else "; --skip-missing scores the others"
+            raise MetricsError(f"{what} of {len(lacking)} of {len(wanted)} videos: {listed(lacking)}{hint}")
+        missing.update(dict.fromkeys(lacking))
+    rest = [video_id for video_id in wanted if video_id not in missing]
+    if not rest:
+        raise MetricsError("there is no video that both runs can be scored on")
+    return (references.subset(rest) if missing else references), list(missing)

@@ -30,7 +30,7 @@ def features(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the features.")] = Path("features"),
     clip: o.Clip = o.DEFAULT_CLIP,
     captions: o.CaptionFiles = None,
-    id_prefix: o.Prefix = "",
+    id_prefix: o.Prefixes = None,
     mapping: o.Mapping = None,
     skip_missing: Annotated[
         bool, typer.Option("--skip-missing", help="Go on without the videos that have no file.")

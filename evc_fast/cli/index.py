@@ -34,7 +34,7 @@ def index(
     captions: Annotated[list[Path], typer.Argument(help=o.CAPTIONS_HELP, show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the repository.")] = Path("repository"),
     clip: o.Clip = o.DEFAULT_CLIP,
-    id_prefix: o.Prefix = "",
+    id_prefix: o.Prefixes = None,
     kind: Annotated[
         Kind,
         typer.Option("--search", help="flat is exact; ivfpq suits millions; auto takes flat below 500,000 captions."),

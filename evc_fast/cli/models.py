@@ -26,18 +26,15 @@ class OpenRun:
     repository: CaptionRepository | None
     dictionary: EmotionDictionary
 
+    def without_features(self, video_ids: Sequence[str]) -> list[str]:
+        """Those of the videos that cannot be captioned."""
+        return [video_id for video_id in video_ids if video_id not in self.features]
+
     def caption(self, video_ids: Sequence[str], update: Update, batch_size: int, num_beams: int) -> dict[str, str]:
-        """Video id -> caption, without retrieving a video's own. Raises UsageError, naming ids without features."""
-        from evc_fast.data.text_files import listed
+        """Video id -> caption, without retrieving a video's own; all of them must have features."""
         from evc_fast.training.dataset import VideoBatches
         from evc_fast.training.evaluation import caption_videos
 
-        missing = [video_id for video_id in video_ids if video_id not in self.features]
-        if missing:
-            raise UsageError(
-                f"{self.features.folder} has no features of {len(missing)} of {len(video_ids)} videos: "
-                f"{listed(missing)}"
-            )
         k = self.model.encoder.config.num_triplets
         videos = VideoBatches(video_ids, self.features, self.repository, k)
         rows = range(len(video_ids))

@@ -33,8 +33,15 @@ Clip = Annotated[
 CaptionFiles = Annotated[
     list[Path] | None, typer.Option("--captions", metavar="<path>", help=CAPTIONS_HELP, show_default=False)
 ]
-Prefix = Annotated[
-    str, typer.Option("--id-prefix", help="Put before every video id of the captions that lacks it, such as `vid`.")
+Prefixes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--id-prefix",
+        metavar="<text>",
+        help="Put before every video id of the captions that lacks it, such as `vid`; given several times, one for each"
+        " file in turn.",
+        show_default=False,
+    ),
 ]
 Mapping = Annotated[
     Path | None,
@@ -112,35 +119,75 @@ def choose_device(device: str) -> str:
     return device
 
 
-def read_all_captions(files: Sequence[Path], prefix: str) -> CaptionSet:
+def id_prefixes(files: Sequence[Path], prefixes: Sequence[str] | None) -> list[str]:
+    """The prefix of each file of `prefixes`: none, one for all, or one a file. Raises UsageError for another number."""
+    if not prefixes or len(prefixes) == 1:
+        return [*(prefixes or [""])] * len(files)
+    if len(prefixes) != len(files):
+        raise UsageError(f"give --id-prefix once, or once a file of captions, not {len(prefixes)} for {len(files)}")
+    return list(prefixes)
+
+
+def read_all_captions(files: Sequence[Path], prefixes: Sequence[str] | None) -> CaptionSet:
     """The captions of several files as one set."""
     from evc_fast.data.captions import merge_captions, read_captions
 
-    return merge_captions(*(read_captions(path, id_prefix=prefix) for path in files))
+    given = id_prefixes(files, prefixes)
+    sets = (read_captions(path, id_prefix=prefix) for path, prefix in zip(files, given, strict=True))
+    return merge_captions(*sets, names=[str(path) for path in files])
+
+
+def require_file(path: Path) -> None:
+    """Raises where no file can be written at `path`: before the work rather than after it."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder: name the file to write")
+    if not path.parent.is_dir():
+        raise UsageError(f"there is no folder {path.parent} to write {path.name} to")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"nothing may be written to {path.parent}, where {path.name} would go")
+
+
+def source_files(sources: Sequence[Path]) -> list[Path]:
+    """The videos below folders, and the files given by name.
+
+    Raises UsageError where there are none, or a name is not UTF-8; FileNotFoundError for a path that leads nowhere.
+    """
+    from evc_fast.data.captions import video_files
+
+    nowhere = [str(source) for source in sources if not source.exists()]
+    if nowhere:
+        raise FileNotFoundError(f"there is no file or folder {', '.join(nowhere)}")
+    found = [path for source in sources for path in (video_files(source) if source.is_dir() else [source])]
+    if not found:
+        raise UsageError(f"there are no videos in {', '.join(map(str, sources))}")
+    for path in found:
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:  # it could be written to no list, page or terminal
+            raise UsageError(f"the name of {str(path)!a} is not UTF-8: rename it") from None
+    return found
 
 
 def find_videos(
     sources: Sequence[Path],
     captions: Sequence[Path] | None,
-    prefix: str = "",
+    prefixes: Sequence[str] | None = None,
     mapping: Path | None = None,
     skip_missing: bool = False,
 ) -> tuple[dict[str, Path], list[str]]:
     """Video id -> file of the videos below folders, or of files given by name; and the ids that have no file.
 
     With captions those videos alone that they are of, with a mapping those that it names; else all, each by its file's
-    name without suffix. Raises UsageError where there are none or two of one name, CaptionError as `locate_videos`,
-    FileNotFoundError for a path that leads nowhere.
+    name without suffix. Raises UsageError where two are of one name, CaptionError as `locate_videos`, and as
+    `source_files`.
     """
     from evc_fast.data.captions import locate_videos, read_name_mapping, video_files
 
-    nowhere = [str(source) for source in sources if not source.exists()]
-    if nowhere:
-        raise FileNotFoundError(f"there is no file or folder {', '.join(nowhere)}")
+    files = source_files(sources)
     names = None if mapping is None else read_name_mapping(mapping)
     wanted = None
     if captions:
-        wanted = list(read_all_captions(captions, prefix).video_ids)
+        wanted = list(read_all_captions(captions, prefixes).video_ids)
     elif names is not None:
         wanted = list(names)
     if wanted is not None:
@@ -153,13 +200,10 @@ def find_videos(
             wanted = [video_id for video_id in wanted if video_id not in set(missing)]
         return locate_videos(wanted, sources[0], names), missing
     found: dict[str, Path] = {}
-    for source in sources:
-        for path in video_files(source) if source.is_dir() else [source]:
-            if path.stem in found:
-                raise UsageError(f"{found[path.stem]} and {path} would both be video {path.stem!r}: rename one of them")
-            found[path.stem] = path
-    if not found:
-        raise UsageError(f"there are no videos in {', '.join(map(str, sources))}")
+    for path in files:
+        if path.stem in found:
+            raise UsageError(f"{found[path.stem]} and {path} would both be video {path.stem!r}: rename one of them")
+        found[path.stem] = path
     return found, []
 
 

@@ -34,7 +34,7 @@ def report(
     It opens offline, and shows pictures, weights, emotion curves and times. The same page as by `evc-fast caption
     --report`, without printing the captions.
     """
-    captioning.require_file(output)
+    o.require_file(output)
     results, failed = captioning.caption_all(
         console, videos, model, clip=clip, device=device, batch_size=batch_size, num_beams=num_beams, pictures=True
     )

@@ -63,6 +63,7 @@ def train(
             help="Validation captions; else a share of the training videos is set apart.",
         ),
     ] = None,
+    id_prefix: o.Prefixes = None,
     features: Annotated[Path | None, typer.Option("--features", help="By `evc-fast features`: data.features.")] = None,
     repository: Annotated[
         Path | None, typer.Option("--repository", help="By `evc-fast index`: data.repository.")
@@ -85,10 +86,14 @@ def train(
     model is OUTPUT/best.
     """
     console.quiet = not is_main_process()
+    training, held_out = captions or [], validation or []
+    if id_prefix and not (training or held_out):
+        raise UsageError("--id-prefix goes with --captions; a configuration has data.captions.0.id_prefix")
+    files = _files([*training, *held_out], id_prefix)
     given = {
         "output": output,
-        "data.captions": _files(captions),
-        "data.validation_captions": _files(validation),
+        "data.captions": files[: len(training)] or None,
+        "data.validation_captions": files[len(training) :] or None,
         "data.features": features,
         "data.repository": repository,
         "data.clip": None if clip is None else o.clip_source(clip),
@@ -152,8 +157,9 @@ def resolve(config: str, given: dict[str, Any], settings: Sequence[str]) -> RunC
     return load_config(source, [*overrides, *settings])
 
 
-def _files(paths: Sequence[Path] | None) -> list[dict[str, str]] | None:
-    return [{"path": str(path)} for path in paths] if paths else None
+def _files(paths: Sequence[Path], prefixes: Sequence[str] | None) -> list[dict[str, str]]:
+    pairs = zip(paths, o.id_prefixes(paths, prefixes), strict=True)
+    return [{"path": str(path)} | ({"id_prefix": prefix} if prefix else {}) for path, prefix in pairs]
 
 
 class _Listener:

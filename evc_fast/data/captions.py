@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,23 +127,24 @@ def read_captions(path: str | os.PathLike[str], *, id_prefix: str = "") -> Capti
     )
 
 
-def merge_captions(*sets: CaptionSet) -> CaptionSet:
+def merge_captions(*sets: CaptionSet, names: Sequence[str] | None = None) -> CaptionSet:
     """All captions of several data sets: EVC-Combine is EVC-MSVD and EVC-VE.
 
+    names: what the sets are called in messages, such as their files; None counts them.
     Raises CaptionError where two have videos of one id, which may be different videos.
     """
-    names = {f"set {number}": captions for number, captions in enumerate(sets, start=1)}
-    _check_disjoint(names, "give one of them an id_prefix")
+    called = [f"set {number}" for number in range(1, len(sets) + 1)] if names is None else names
+    _check_disjoint(list(zip(called, sets, strict=True)), "give one of them an id_prefix")
     return CaptionSet(itertools.chain.from_iterable(sets))
 
 
 def check_splits(**splits: CaptionSet) -> None:
     """Raises CaptionError where two splits, as in `check_splits(train=..., test=...)`, share a video."""
-    _check_disjoint(splits, "a video belongs to one split")
+    _check_disjoint(list(splits.items()), "a video belongs to one split")
 
 
-def _check_disjoint(sets: Mapping[str, CaptionSet], advice: str) -> None:
-    for (first, one), (second, other) in itertools.combinations(sets.items(), 2):
+def _check_disjoint(sets: Sequence[tuple[str, CaptionSet]], advice: str) -> None:
+    for (first, one), (second, other) in itertools.combinations(sets, 2):
         shared = [video_id for video_id in one.video_ids if video_id in other]
         if shared:
             raise CaptionError(f"{first} and {second} both have captions of {listed(shared)}: {advice}")

@@ -160,8 +160,14 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Keys, str]]:
     return tree, places
 
 
-def _walk(node: yaml.Node, keys: Keys, path: Path, places: dict[Keys, str]) -> None:
-    """Note the line of every key below; a key that is there twice, of which YAML keeps the last, is refused."""
+def _walk(node: yaml.Node, keys: Keys, path: Path, places: dict[Keys, str], above: tuple[yaml.Node, ...] = ()) -> None:
+    """Note the line of every key below.
+
+    A key that is there twice, of which YAML keeps the last, is refused, and a section that an alias puts into itself.
+    """
+    if any(node is each for each in above):
+        raise ConfigError(f"{places[keys]}: {dotted(keys)} is an alias of what it stands in")
+    above = (*above, node)
     if isinstance(node, yaml.MappingNode):
         for key_node, value_node in node.value:
             below = (*keys, str(key_node.value))
@@ -169,11 +175,11 @@ def _walk(node: yaml.Node, keys: Keys, path: Path, places: dict[Keys, str]) -> N
             if below in places:
                 raise ConfigError(f"{place}: {dotted(below)} is there already ({places[below]})")
             places[below] = place
-            _walk(value_node, below, path, places)
+            _walk(value_node, below, path, places, above)
     elif isinstance(node, yaml.SequenceNode):
         for number, value_node in enumerate(node.value):
             places[*keys, number] = f"{path}, line {value_node.start_mark.line + 1}"
-            _walk(value_node, (*keys, number), path, places)
+            _walk(value_node, (*keys, number), path, places, above)
 
 
 def _lay_over(base: dict[str, Any], tree: dict[str, Any]) -> None:

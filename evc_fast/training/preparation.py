@@ -72,11 +72,21 @@ def read_data(config: RunConfig) -> RunData:
     try:
         used, skipped = skip_unusable(both, features, quarantine, data.max_skipped)
     except TooManyBadVideos as error:
-        raise TooManyBadVideos(f"{error}; of the features in {data.features}, allowed by data.max_skipped") from None
+        ids = ""
+        if not set(both.video_ids) & {*features.video_ids, *features.failed}:
+            ids = (
+                f"; the captions' ids are such as {both.video_ids[0]!r}, the features' such as "
+                f"{features.video_ids[0]!r}: look at id_prefix"
+            )
+        raise TooManyBadVideos(
+            f"{error}; of the features in {data.features}, allowed by data.max_skipped{ids}"
+        ) from None
     train = used.subset([video_id for video_id in train.video_ids if video_id in used])
     if validation is not None:
         validation = used.subset([video_id for video_id in validation.video_ids if video_id in used])
     elif data.validation_share > 0:
+        if len(train.video_ids) < 2:
+            raise DataError("one video cannot be split for validation: data.validation_share=0 trains without")
         train, validation = split_by_video(train, data.validation_share, data.split_seed)
     repository = None
     if encoder.retrieval:
@@ -187,7 +197,8 @@ def _emotion_features(config: RunConfig, words: Sequence[str], features: Feature
 
 
 def _read_captions(files: Sequence[CaptionFile]) -> CaptionSet:
-    return merge_captions(*(read_captions(file.path, id_prefix=file.id_prefix) for file in files))
+    sets = (read_captions(file.path, id_prefix=file.id_prefix) for file in files)
+    return merge_captions(*sets, names=[str(file.path) for file in files])
 
 
 def _require(key: str, value: object) -> None:
