@@ -314,6 +314,22 @@ def test_a_gradient_that_is_no_number_stops(tmp_path: Path, world: RunData) -> N
         trainer.fit()
 
 
+@pytest.mark.parametrize("clip_norm", [0.01, 0.0])
+def test_gradients_are_clipped(tmp_path: Path, world: RunData, clip_norm: float) -> None:
+    trainer = Trainer(training_config(tmp_path, trainer={"epochs": 1, "clip_norm": clip_norm}), world)
+    norms: list[float] = []
+
+    def note(*_: object) -> None:
+        gradients = [p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]
+        norms.append(float(torch.cat(gradients).norm()))
+
+    trainer.optimiser.register_step_pre_hook(note)
+    trainer.fit()
+    computed = [r["gradient_norm"] for r in read_log(tmp_path / "log.jsonl") if r["kind"] == "step"]
+    assert min(computed) > 0.01 and len(norms) == len(computed)
+    assert norms == pytest.approx([clip_norm or norm for norm in computed], rel=1e-3)
+
+
 def test_learning_rate(tmp_path: Path, world: RunData) -> None:
     fit(tmp_path, world, optimiser={"lr": 0.1, "warmup_steps": 4, "schedule": "cosine"})
     rates = [row[4] for row in steps(tmp_path)]
