@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from evc_fast.data import files
-from evc_fast.data.files import replacing_folder, write_json
+from evc_fast.data.files import replacing_folder, write_atomically, write_json
+from evc_fast.training.checkpoint import link_folder
 
 
 def write(folder: Path, text: str) -> None:
@@ -105,3 +106,31 @@ def test_json_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(KeyboardInterrupt):
         write_json(path, {"name": "other"})
     assert content(path) == {"file.json": '{\n "name": "é"\n}\n'}
+
+
+def test_who_reads_a_file_that_is_replaced_reads_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+    with open(path, "rb") as file:
+        write_atomically(path, b"new")
+        assert file.read() == b"old" and path.read_bytes() == b"new"
+    with pytest.raises(FileNotFoundError, match="there is no folder .*nowhere to write file to"):
+        write_atomically(tmp_path / "nowhere" / "file", b"")
+
+
+def test_all_of_a_folder_is_on_the_disk_before_it_takes_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def note(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    write(tmp_path / "folder", "first")
+    assert synced == ["text", "below", f".folder.{os.getpid()}.partial", tmp_path.name]
+    synced.clear()
+    link_folder(tmp_path / "best", lambda folder: (folder / "text").write_text("second"), "step-1")
+    assert synced == ["text", "step-1", ".best", tmp_path.name]
