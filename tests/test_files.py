@@ -114,7 +114,7 @@ def test_who_reads_a_file_that_is_replaced_reads_the_old_one(tmp_path: Path) -> 
     with open(path, "rb") as file:
         write_atomically(path, b"new")
         assert file.read() == b"old" and path.read_bytes() == b"new"
-    with pytest.raises(FileNotFoundError, match="there is no folder .*nowhere to write file to"):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere to write file to"):
         write_atomically(tmp_path / "nowhere" / "file", b"")
 
 
