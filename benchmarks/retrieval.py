@@ -58,6 +58,24 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+class OtherWork:
+    """How many cores other processes have kept busy since this was made."""
+
+    def __init__(self) -> None:
+        self._begin = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        """Seconds: of the clock, busy of all cores, and of this process."""
+        user, nice, system, _, _, irq, softirq = map(int, Path("/proc/stat").read_text().split()[1:8])
+        busy = (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+        return time.perf_counter(), busy, time.process_time()
+
+    def cores(self) -> float:
+        clock, busy, own = (now - begin for now, begin in zip(self._now(), self._begin, strict=True))
+        return max(0.0, busy - own) / clock
+
+
 class Subject:
     """Features, queries and the ids of the queries' own videos; repositories of them, saved and loaded again."""
 
@@ -126,7 +144,7 @@ def best_seconds(calls: dict[str, Callable[[], object]], budget: float) -> dict[
 
 def measure(kind: str, captions: int, arguments: argparse.Namespace, say: Callable[[str], None]) -> dict:
     """Recall and times of one repository; the flat index first, whose answers are the exact ones."""
-    load = os.getloadavg()[0]
+    others = OtherWork()
     say("features")
     subject = Subject(kind, captions, arguments.queries, arguments.width)
     pair = subject.features[torch.randint(captions, (2, 5000), generator=torch.Generator().manual_seed(0))]
@@ -162,7 +180,7 @@ def measure(kind: str, captions: int, arguments: argparse.Namespace, say: Callab
         "captions": captions,
         "width": arguments.width,
         "queries": arguments.queries,
-        "load": load,
+        "busy_elsewhere": others.cores(),
         "threads": arguments.threads,
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "cosines": {
@@ -231,11 +249,11 @@ def said(records: list[dict], machine: dict) -> list[str]:
         "Least time of a whole search for 4 captions, in turns; features in the page cache. Build: normalising, "
         "checking and, for IVF-PQ, learning; without CLIP.",
     ]
-    busiest = max(record["load"] for record in records)
-    if busiest > machine["cores"] / 2:
+    busiest = max(record["busy_elsewhere"] for record in records)
+    if busiest > 0.1 * machine["cores"]:
         notes.append(
-            f"The machine was busy with other work: load up to {busiest:.1f} on {machine['cores']} cores when a part "
-            "began. Recall does not depend on it; times are upper bounds, and build times are far above those alone."
+            f"The machine was busy with other work, which took up to {busiest:.1f} of {machine['cores']} cores while a "
+            "part ran. Recall does not depend on it; times are upper bounds, and build times are above those alone."
         )
     return notes
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -68,9 +71,24 @@ def test_a_report_can_grow(tmp_path):
 
 
 def test_a_busy_machine_is_said():
-    record = {"load": 9.0, "width": 8, "queries": 3}
-    assert any("load up to 9.0 on 2 cores" in line for line in retrieval.said([record], {"cores": 2}))
-    assert not any("busy" in line for line in retrieval.said([record | {"load": 0.5}], {"cores": 2}))
+    record = {"busy_elsewhere": 1.5, "width": 8, "queries": 3}
+    assert any("took up to 1.5 of 2 cores" in line for line in retrieval.said([record], {"cores": 2}))
+    assert not any("busy" in line for line in retrieval.said([record | {"busy_elsewhere": 0.1}], {"cores": 2}))
+
+
+def test_only_others_work_counts_as_such():
+    others = retrieval.OtherWork()
+    begin = time.process_time()
+    while time.process_time() - begin < 0.5:
+        pass
+    own_alone = others.cores()
+    others = retrieval.OtherWork()
+    busy = "import time\nwhile time.process_time() < 0.5: pass"
+    begin = time.perf_counter()
+    subprocess.run([sys.executable, "-c", busy], check=True)
+    took = time.perf_counter() - begin
+    assert others.cores() * took >= 0.45  # a clock of 10 ms
+    assert 0 <= own_alone <= os.cpu_count()
 
 
 def test_wrong_answers_stop_it(tmp_path):
