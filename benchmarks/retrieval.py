@@ -249,7 +249,7 @@ def said(records: list[dict], machine: dict) -> list[str]:
         "Least time of a whole search for 4 captions, in turns; features in the page cache. Build: normalising, "
         "checking and, for IVF-PQ, learning; without CLIP.",
     ]
-    busiest = max(record["busy_elsewhere"] for record in records)
+    busiest = max(record.get("busy_elsewhere", 0.0) for record in records)
     if busiest > 0.1 * machine["cores"]:
         notes.append(
             f"The machine was busy with other work, which took up to {busiest:.1f} of {machine['cores']} cores while a "

@@ -99,7 +99,7 @@ def test_four_commands_go_from_videos_to_scores(world: Path) -> None:
 
 
 def test_plain_lines(world: Path, tmp_path: Path) -> None:
-    output = tmp_path / "scores.json"
+    output = tmp_path / "new" / "folder" / "scores.json"
     command = ("evaluate", world / "run", "--captions", world / "captions_test.csv", "--no-meteor", "-o", output)
     lines = done(*command).stdout.splitlines()
     assert lines[0] == "in percent" and lines[1].split()[:3] == ["Acc_sw", "Acc_c", "BLEU-1"]
@@ -293,6 +293,13 @@ def test_videos_that_cannot_be_scored_are_left_out_where_it_is_asked(world: Path
     assert (found["videos"], found["missing"]) == (1, ["elsewhere", "held0", "held2"])
     (tmp_path / "made.json").write_text(json.dumps({"elsewhere": "a dog sleeps"}))
     assert "no video that both runs can be scored on" in evc_fast(*both, "--skip-missing").stderr
+    prefixed = evc_fast(*command[:2], *command[2:], "--id-prefix", "vid")
+    assert "such as 'vidheld0', of the features 'clip0': look at id_prefix" in prefixed.stderr
+    more = dict.fromkeys([*TEST_IDS, "else"], "a dog")
+    (tmp_path / "made.json").write_text(json.dumps(more))
+    command = ("evaluate", tmp_path / "made.json", "--captions", world / "captions_test.csv", "--no-meteor")
+    assert "made.json has captions of 1 videos without references: else; --skip-missing" in evc_fast(*command).stderr
+    assert document(*command, "--skip-missing")["videos"] == 3
 
 
 def test_runs_of_two_dictionaries_are_compared_by_the_one_that_is_named(world: Path, tmp_path: Path) -> None:

@@ -114,6 +114,13 @@ def test_videos_that_nothing_knows(world: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "f").exists()
 
 
+def test_features_of_no_video(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "clip0.mp4").write_bytes(b"nothing")
+    made = ("features", tmp_path, "--clip", world / "clip", "--max-bad", 1, "--workers", 1, "-o", tmp_path / "f")
+    assert CliRunner().invoke(APP, [str(each) for each in made]).exit_code == 0
+    assert "8 of 8 videos cannot be used" in train(world, 1, features=tmp_path / "f")
+
+
 def test_videos_that_are_there_twice(world: Path, tmp_path: Path) -> None:
     captions = world / "captions_train.csv"
     said = train(world, 1, "--validation", captions)
@@ -236,7 +243,9 @@ def test_wrong_usage(world: Path, tmp_path: Path) -> None:
 
 
 def test_outputs_are_looked_at_before_the_work(world: Path, tmp_path: Path) -> None:
-    test, nowhere = ("--captions", world / "captions_test.csv"), tmp_path / "nowhere"
+    test, file = ("--captions", world / "captions_test.csv"), tmp_path / "file"
+    file.write_text("")
+    os.mkfifo(tmp_path / "pipe")
     commands = (
         ("evaluate", "nothing is opened", *test, "--output"),
         ("data", "check", world / "videos", "--quarantine"),
@@ -245,8 +254,17 @@ def test_outputs_are_looked_at_before_the_work(world: Path, tmp_path: Path) -> N
     )
     for command in commands:
         assert refused(2, *command, tmp_path) == f"{tmp_path} is a folder: name the file to write"
-        assert refused(2, *command, nowhere / "file") == f"there is no folder {nowhere} to write file to"
-    assert list(tmp_path.iterdir()) == []
+        assert refused(2, *command, tmp_path / "pipe") == f"{tmp_path}/pipe is no regular file: name the file to write"
+        assert refused(2, *command, file / "x" / "y") == f"{file} is a file: {file}/x/y cannot be written"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "pipe"]
+
+
+def test_a_list_is_not_written_over_unasked(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quarantine.json").write_text("[1]")
+    said = refused(2, "data", "check", world / "videos")
+    assert said == "quarantine.json is there already: name the file by --quarantine, which is written over"
+    assert (tmp_path / "quarantine.json").read_text() == "[1]"
 
 
 def test_prefixes(world: Path, tmp_path: Path) -> None:
@@ -258,7 +276,7 @@ def test_prefixes(world: Path, tmp_path: Path) -> None:
         2, "train", "toy", "--id-prefix", "vid", "-o", tmp_path / "run"
     )
     said = train(world, 1, "--id-prefix", "vid")
-    assert said.endswith("; the captions' ids are such as 'vidclip0', the features' such as 'clip0': look at id_prefix")
+    assert said.endswith("; ids of the captions are such as 'vidclip0', of the features 'clip0': look at id_prefix")
 
 
 def test_names_of_files_that_are_not_utf_8(world: Path, tmp_path: Path) -> None:
@@ -267,8 +285,28 @@ def test_names_of_files_that_are_not_utf_8(world: Path, tmp_path: Path) -> None:
         shutil.copy(world / "videos" / "clip0.mp4", name)
     except OSError:
         pytest.skip("this file system takes names in UTF-8 alone")
-    for command in (("caption",), ("data", "check"), ("features", "--clip", world / "clip")):
-        assert refused(2, *command, tmp_path) == f"the name of {os.fsdecode(name)!a} is not UTF-8: rename it"
+    wrong = f"the name of {os.fsdecode(name)!a} is not UTF-8: rename it"
+    for command in (("data", "check"), ("features", "--clip", world / "clip")):
+        assert refused(2, *command, tmp_path, "-o", tmp_path / "out") == wrong
+    shutil.copy(world / "videos" / "clip0.mp4", tmp_path)
+    result = CliRunner().invoke(APP, ["caption", str(tmp_path), "--num-beams", "1", "--json"])
+    found = json.loads(result.stdout)
+    assert result.exit_code == 1 and f"error: {wrong}" in result.stderr
+    assert [each["source"] for each in found["captions"]] == [str(tmp_path / "clip0.mp4")]
+    assert [each["reason"] for each in found["failed"]] == [wrong]
+    (tmp_path / "captions.csv").write_text(f"{HEADER}clip0,a man runs\n")
+    options = (
+        "--captions",
+        tmp_path / "captions.csv",
+        "--clip",
+        world / "clip",
+        "-o",
+        tmp_path / "out",
+        "--workers",
+        1,
+    )
+    result = CliRunner().invoke(APP, [str(each) for each in ("features", tmp_path, *options)])
+    assert result.exit_code == 0, "a name that no caption has"
 
 
 def test_one_video_cannot_be_split(world: Path, tmp_path: Path) -> None:

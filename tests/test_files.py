@@ -92,6 +92,44 @@ def test_what_was_there_stays_where_writing_or_renaming_fails(tmp_path: Path, mo
     assert content(folder) == {"folder/below/text": "first"}
 
 
+def test_a_folder_that_must_be_empty_is_not_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with replacing_folder(folder, only_empty=True) as partial:
+        partial.mkdir()
+        (partial / "text").write_text("first")
+    with (
+        pytest.raises(FileExistsError, match="has been filled by another process"),
+        replacing_folder(folder, only_empty=True) as partial,
+    ):
+        partial.mkdir()
+    assert content(folder) == {"folder/text": "first"}
+
+
+def test_what_is_no_folder_to_replace_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, here = tmp_path / "file", tmp_path / "here"
+    file.write_text("first")
+    here.mkdir()
+    monkeypatch.chdir(here)
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        write(file, "second")
+    for folder in (here, Path(".")):
+        with pytest.raises(ValueError, match="is the working directory"):
+            write(folder, "second")
+    assert content(file) == {"file": "first"}
+
+
+def test_the_mode_of_a_folder_and_a_link_to_a_file_stay(tmp_path: Path) -> None:
+    folder, link = tmp_path / "folder", tmp_path / "link"
+    write(folder, "first")
+    folder.chmod(0o2770)
+    write(folder, "second")
+    assert folder.stat().st_mode & 0o7777 == 0o2770
+    link.symlink_to(folder / "below" / "text")
+    write_atomically(link, b"third")
+    assert link.is_symlink() and (folder / "below" / "text").read_text() == "third"
+
+
 def test_json_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file.json"
     write_json(path, {"name": "é"})

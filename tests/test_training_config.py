@@ -12,6 +12,9 @@ pytest.importorskip("yaml")
 from evc_fast.model import FaceNetConfig
 from evc_fast.training.config import ConfigError, RunConfig, load_config
 
+# Each line holds the one above eight times.
+BILLION = "a0: &a0 1\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 8)}]\n" for n in range(1, 9))
+
 
 @pytest.mark.parametrize(
     ("preset", "delta", "lambda_cls"), [("EVC-MSVD", 0.1, 0.1), ("EVC-VE", 0.2, 0.5), ("EVC-Combine", 0.1, 0.2)]
@@ -80,6 +83,8 @@ def test_a_file_lies_over_its_preset_and_overrides_over_both(tmp_path: Path) -> 
         ("preset: evc\n", "line 1: preset must be one of"),
         ("1: 2\n", "1 is not a key of the configuration"),
         ("trainer: &all\n  epochs: *all\n", "line 2: trainer.epochs is an alias of what it stands in"),
+        ("seed: " + "[" * 2000 + "]" * 2000, "run.yaml is nested too deeply"),
+        (BILLION, "run.yaml holds more than 10,000 keys, aliases written out"),
         ("seed: 4294967296\n", "line 1: seed: input should be less than 4294967296"),
     ],
 )
@@ -97,6 +102,8 @@ def test_a_wrong_file_is_told_by_line_and_key(tmp_path: Path, text: str, message
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("data.captions=&a [*a]", "holds an alias, which only a file may"),
+        ("seed=" + "[" * 2000 + "]" * 2000, "the override to seed is nested too deeply"),
         ("trainer.batchsize=3", "override 'trainer.batchsize=3': trainer.batchsize is not a key"),
         ("trainer.epochs", "must have the form section.key=value"),
         ("trainer.epochs=[", "is not YAML"),

@@ -10,7 +10,7 @@ import typer
 
 from evc_fast.cli import caption_view as view
 from evc_fast.cli import options as o
-from evc_fast.cli.command import FAILED, command
+from evc_fast.cli.command import FAILED, UsageError, command
 from evc_fast.cli.console import Console
 
 if TYPE_CHECKING:
@@ -117,12 +117,17 @@ def caption_all(
         clip=None if clip is None else o.clip_source(clip),
         device=o.choose_device(device),
     )
-    options = {"video_ids": [path.stem for path in found], **options}
     failed: list[dict[str, str]] = []
 
     def note_failure(video: Any, error: ValueError) -> None:
         failed.append({"source": str(video), "kind": type(error).__name__, "reason": str(error)})
         console.fail(str(error))
+
+    for path in list(found):
+        if wrong := o.unwritable_name(path):
+            note_failure(ascii(str(path)), UsageError(wrong))
+            found.remove(path)
+    options = {"video_ids": [path.stem for path in found], **options}
 
     if len(found) == 1:  # a bar for one video would only flicker
         return captioner.caption(found, failed=note_failure, **options), failed

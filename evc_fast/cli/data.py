@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from evc_fast.cli import options as o
-from evc_fast.cli.command import FAILED, command
+from evc_fast.cli.command import FAILED, UsageError, command
 from evc_fast.cli.console import Console
 
 
@@ -26,8 +26,14 @@ def check(
     console: Console,
     videos: Annotated[list[Path], typer.Argument(help="Folders of videos, or files.", show_default=False)],
     quarantine: Annotated[
-        Path, typer.Option("--quarantine", "-o", help="File that the list of bad videos is written to, as JSON.")
-    ] = Path("quarantine.json"),
+        Path | None,
+        typer.Option(
+            "--quarantine",
+            "-o",
+            help="File that the list of bad videos is written to, as JSON; a new quarantine.json unless given.",
+            show_default=False,
+        ),
+    ] = None,
     captions: o.CaptionFiles = None,
     id_prefix: o.Prefixes = None,
     mapping: o.Mapping = None,
@@ -45,6 +51,10 @@ def check(
     Every video is decoded, in a process of its own that can be killed. `features` and `train` skip what is on the
     list where they are given it by --quarantine.
     """
+    if quarantine is None:
+        quarantine = Path("quarantine.json")
+        if quarantine.exists():
+            raise UsageError(f"{quarantine} is there already: name the file by --quarantine, which is written over")
     o.require_file(quarantine)
     found, _ = o.find_videos(videos, captions, id_prefix, mapping)
     from evc_fast.data.check import Quarantine, check_videos
@@ -60,7 +70,7 @@ def check(
             progress=update,
         )
     bad = Quarantine.of(checked)
-    bad.write(quarantine)
+    o.write_document(quarantine, bad.to_json())
     kinds = dict(Counter(video.kind for video in checked if not video.usable).most_common())
     data = {
         "videos": len(checked),

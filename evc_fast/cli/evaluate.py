@@ -53,7 +53,11 @@ def evaluate(
     ] = None,
     emotions: o.Emotions = None,
     skip_missing: Annotated[
-        bool, typer.Option("--skip-missing", help="Score without the videos that have no features, or no caption.")
+        bool,
+        typer.Option(
+            "--skip-missing",
+            help="Score the videos that have features or captions, not all.",
+        ),
     ] = False,
     output: Annotated[
         Path | None,
@@ -91,7 +95,7 @@ def evaluate(
     generated: list[dict[str, str]] = []
     for run, each in zip(runs, found, strict=True):
         if isinstance(each, dict):
-            generated.append({video_id: text for video_id, text in each.items() if video_id not in missing})
+            generated.append({video_id: each[video_id] for video_id in references.video_ids})
             continue
         with console.progress(f"caption by {run.name}", "videos") as update:
             generated.append(each.caption(references.video_ids, update, batch_size, num_beams))
@@ -107,9 +111,7 @@ def evaluate(
     scores = score(*generated, references.references(), dictionary, meteor=meteor, **options)
     document = scores.to_dict() | {"missing": missing}
     if output is not None:
-        from evc_fast.data.files import write_json
-
-        write_json(output, document)
+        o.write_document(output, document)
     saved = "" if output is None else f"\n{'differences' if compare else 'scores and captions'}: {output}"
     console.show(document, scores.table() + saved)
 
@@ -142,6 +144,7 @@ def _those_to_score(
     references: CaptionSet, runs: Sequence[Path], found: Sequence[OpenRun | dict[str, str]], skip_missing: bool
 ) -> tuple[CaptionSet, list[str]]:
     """The references of the videos that every run can be scored on, and the ids of the others."""
+    from evc_fast.data.captions import differing_ids
     from evc_fast.data.text_files import listed
     from evc_fast.metrics import MetricsError
 
@@ -150,10 +153,18 @@ def _those_to_score(
     for run, each in zip(runs, found, strict=True):
         if isinstance(each, dict):
             lacking, what = [video_id for video_id in wanted if video_id not in each], f"{run} has no captions"
+            surplus = [video_id for video_id in each if video_id not in references]
+            if surplus and not lacking and not skip_missing:
+                raise MetricsError(
+                    f"{run} has captions of {len(surplus)} videos without references: {listed(surplus)}; "
+                    "--skip-missing leaves them out"
+                )
+            hint = ""
         else:
             lacking, what = each.without_features(wanted), f"{each.features.folder} has no features"
+            hint = differing_ids(wanted, each.features.video_ids)
         if lacking and (not skip_missing or len(lacking) == len(wanted)):
-            hint = "" if len(lacking) == len(wanted) else "; --skip-missing scores the others"
+            hint = hint if len(lacking) == len(wanted) else "; --skip-missing scores the others"
             raise MetricsError(f"{what} of {len(lacking)} of {len(wanted)} videos: {listed(lacking)}{hint}")
         missing.update(dict.fromkeys(lacking))
     rest = [video_id for video_id in wanted if video_id not in missing]

@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from evc_fast.data.emotions import EmotionDictionary
     from evc_fast.data.features import FeatureStore
     from evc_fast.data.repository import CaptionRepository
-    from evc_fast.model.captioner import FaceNet
 
 
 @dataclass(frozen=True)
 class OpenRun:
-    """A trained model with what it needs to caption videos whose features are there."""
+    """A trained model, loaded when it is to caption, and what it needs for videos whose features are there."""
 
-    model: FaceNet
+    model: Path
+    device: str
     features: FeatureStore
     repository: CaptionRepository | None
     dictionary: EmotionDictionary
@@ -31,18 +31,22 @@ class OpenRun:
         return [video_id for video_id in video_ids if video_id not in self.features]
 
     def caption(self, video_ids: Sequence[str], update: Update, batch_size: int, num_beams: int) -> dict[str, str]:
-        """Video id -> caption, without retrieving a video's own; all of them must have features."""
+        """Video id -> caption, without retrieving a video's own; all of them must have features.
+
+        The model is loaded for it, and gone afterwards. Errors as of `FaceNet.from_pretrained`.
+        """
+        from evc_fast.model.captioner import FaceNet
         from evc_fast.training.dataset import VideoBatches
         from evc_fast.training.evaluation import caption_videos
 
-        k = self.model.encoder.config.num_triplets
-        videos = VideoBatches(video_ids, self.features, self.repository, k)
+        model = FaceNet.from_pretrained(self.model, device=self.device)
+        videos = VideoBatches(video_ids, self.features, self.repository, model.encoder.config.num_triplets)
         rows = range(len(video_ids))
-        return caption_videos(self.model, videos, rows, batch_size=batch_size, num_beams=num_beams, progress=update)
+        return caption_videos(model, videos, rows, batch_size=batch_size, num_beams=num_beams, progress=update)
 
 
 def open_run(folder: Path, features: Path | None, repository: Path | None, device: str) -> OpenRun:
-    """The best model of a run's folder, or that of a captioner's folder.
+    """The best model of a run's folder, or that of a captioner's folder, not loaded yet.
 
     features: None takes those that the run was trained with; repository: None takes the model's own.
     Errors as of `Captioner.from_pretrained`; UsageError where no features are named.
@@ -54,7 +58,6 @@ def open_run(folder: Path, features: Path | None, repository: Path | None, devic
     from evc_fast.data.emotions import EmotionDictionary
     from evc_fast.data.features import FeatureStore
     from evc_fast.data.repository import CaptionRepository
-    from evc_fast.model.captioner import FaceNet
     from evc_fast.model_folder import EMOTIONS, MODEL, REPOSITORY, ModelFolder, find_model_folder
 
     home = ModelFolder.read(find_model_folder(folder))
@@ -70,8 +73,7 @@ def open_run(folder: Path, features: Path | None, repository: Path | None, devic
             f"the features in {features} are of another CLIP ({store.encoder}) than the model in {folder} was "
             "trained with"
         )
-    model = FaceNet.from_pretrained(home.path / MODEL, device=device)
     found = None
     if home.retrieval:
         found = CaptionRepository.load(repository or home.path / REPOSITORY, store.fingerprint)
-    return OpenRun(model, store, found, EmotionDictionary.from_folder(home.path / EMOTIONS))
+    return OpenRun(home.path / MODEL, device, store, found, EmotionDictionary.from_folder(home.path / EMOTIONS))

@@ -39,7 +39,7 @@ Prefixes = Annotated[
         "--id-prefix",
         metavar="<text>",
         help="Put before every video id of the captions that lacks it, such as `vid`; given several times, one for each"
-        " file in turn.",
+        " file in turn, training captions before validation or factual ones.",
         show_default=False,
     ),
 ]
@@ -138,19 +138,33 @@ def read_all_captions(files: Sequence[Path], prefixes: Sequence[str] | None) -> 
 
 
 def require_file(path: Path) -> None:
-    """Raises where no file can be written at `path`: before the work rather than after it."""
+    """Raises where no file can be written at `path`: before the work rather than after it.
+
+    Folders that lack are made when it is written, by `write_document` or `write_report`.
+    """
     if path.is_dir():
         raise UsageError(f"{path} is a folder: name the file to write")
-    if not path.parent.is_dir():
-        raise UsageError(f"there is no folder {path.parent} to write {path.name} to")
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"nothing may be written to {path.parent}, where {path.name} would go")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} is no regular file: name the file to write")
+    folder = next(above for above in path.absolute().parents if above.exists())
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is a file: {path} cannot be written")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"nothing may be written to {folder}, where {path} would go")
+
+
+def write_document(path: Path, content: object) -> None:
+    """Writes a JSON document in one step; folders that lack are made."""
+    from evc_fast.data.files import write_json
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, content)
 
 
 def source_files(sources: Sequence[Path]) -> list[Path]:
     """The videos below folders, and the files given by name.
 
-    Raises UsageError where there are none, or a name is not UTF-8; FileNotFoundError for a path that leads nowhere.
+    Raises UsageError where there are none, FileNotFoundError for a path that leads nowhere.
     """
     from evc_fast.data.captions import video_files
 
@@ -160,12 +174,16 @@ def source_files(sources: Sequence[Path]) -> list[Path]:
     found = [path for source in sources for path in (video_files(source) if source.is_dir() else [source])]
     if not found:
         raise UsageError(f"there are no videos in {', '.join(map(str, sources))}")
-    for path in found:
-        try:
-            str(path).encode()
-        except UnicodeEncodeError:  # it could be written to no list, page or terminal
-            raise UsageError(f"the name of {str(path)!a} is not UTF-8: rename it") from None
     return found
+
+
+def unwritable_name(path: Path) -> str | None:
+    """What is wrong with a name that is not UTF-8, and so could stand in no list, page or terminal; else None."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return f"the name of {str(path)!a} is not UTF-8: rename it"
+    return None
 
 
 def find_videos(
@@ -178,8 +196,8 @@ def find_videos(
     """Video id -> file of the videos below folders, or of files given by name; and the ids that have no file.
 
     With captions those videos alone that they are of, with a mapping those that it names; else all, each by its file's
-    name without suffix. Raises UsageError where two are of one name, CaptionError as `locate_videos`, and as
-    `source_files`.
+    name without suffix. Raises UsageError where two are of one name, or a name is not UTF-8, CaptionError as
+    `locate_videos`, and as `source_files`.
     """
     from evc_fast.data.captions import locate_videos, read_name_mapping, video_files
 
@@ -201,6 +219,8 @@ def find_videos(
         return locate_videos(wanted, sources[0], names), missing
     found: dict[str, Path] = {}
     for path in files:
+        if wrong := unwritable_name(path):
+            raise UsageError(wrong)
         if path.stem in found:
             raise UsageError(f"{found[path.stem]} and {path} would both be video {path.stem!r}: rename one of them")
         found[path.stem] = path

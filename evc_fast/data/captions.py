@@ -18,6 +18,7 @@ __all__ = [
     "CaptionError",
     "CaptionSet",
     "check_splits",
+    "differing_ids",
     "locate_videos",
     "merge_captions",
     "read_captions",
@@ -148,6 +149,13 @@ def _check_disjoint(sets: Sequence[tuple[str, CaptionSet]], advice: str) -> None
         shared = [video_id for video_id in one.video_ids if video_id in other]
         if shared:
             raise CaptionError(f"{first} and {second} both have captions of {listed(shared)}: {advice}")
+
+
+def differing_ids(wanted: Sequence[str], there: Sequence[str]) -> str:
+    """A hint for messages, ", ids are such as '1300', not 'vid1300': look at id_prefix", where no id is in both."""
+    if not wanted or not there or set(wanted) & set(there):
+        return ""
+    return f"; ids of the captions are such as {wanted[0]!r}, of the features {there[0]!r}: look at id_prefix"
 
 
 def split_by_video(captions: CaptionSet, share: float, seed: int) -> tuple[CaptionSet, CaptionSet]:

@@ -19,8 +19,9 @@ _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2
 def write_atomically(path: Path, content: bytes) -> None:
     """Puts a file at `path` in one step: whoever looks sees the old file or the whole new one.
 
-    Raises FileNotFoundError where its folder is not there.
+    A link stays one. Raises FileNotFoundError where its folder is not there.
     """
+    path = Path(os.path.realpath(path))
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} to")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -42,20 +43,31 @@ def write_json(path: Path, content: Any) -> None:
 
 
 @contextmanager
-def replacing_folder(folder: Path) -> Iterator[Path]:
+def replacing_folder(folder: Path, *, only_empty: bool = False) -> Iterator[Path]:
     """A folder, not made yet, to write what shall stand at `folder`: it takes its place when the block ends.
 
     Before that, and where the block raises, `folder` holds what it held; its parent is made. It is one step where the
-    file system can exchange two names, else two: a process killed between them leaves the old folder as .NAME.PID.old.
+    file system can exchange two names, else two. A process that is killed may leave, beside it, what it was writing or
+    the old folder, as .NAME.PID.partial or .NAME.PID.old.
+
+    only_empty: `folder` must be empty, or not there, when the block ends.
+    Raises FileExistsError where it is not, NotADirectoryError where `folder` is a file, ValueError where it is the
+    working directory, which would be gone from under whoever works in it.
     """
     folder = Path(os.path.realpath(folder))  # a link stays one
+    if folder == Path.cwd():
+        raise ValueError(f"{folder} is the working directory, which cannot be replaced: name another folder")
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file: name a folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("partial", "old"))
     try:
         yield partial
         sync_tree(partial)
-        if not folder.exists():
-            os.replace(partial, folder)
+        if folder.exists():
+            shutil.copymode(folder, partial)
+        if only_empty or not folder.exists():
+            _fill(folder, partial)
         elif not _exchange(partial, folder):
             os.replace(folder, old)
             try:
@@ -67,6 +79,15 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         sync_folder(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _fill(folder: Path, partial: Path) -> None:
+    try:
+        os.replace(partial, folder)  # over an empty folder too
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise FileExistsError(f"{folder} has been filled by another process: it is left as it is") from None
 
 
 def _exchange(first: Path, second: Path) -> bool:

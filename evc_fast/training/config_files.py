@@ -18,6 +18,9 @@ __all__ = ["PRESETS", "ConfigError", "Origin", "apply_override", "plain_yaml", "
 
 Keys = tuple[str | int, ...]
 
+_MOST_KEYS = 10_000
+"""Of a file: far more than a configuration has, far fewer than aliases of aliases can make."""
+
 _FOLDER = Path(__file__).resolve().parent.parent / "configs"
 PRESETS = tuple(sorted(path.stem for path in _FOLDER.glob("*.yaml")))
 
@@ -112,9 +115,13 @@ def apply_override(tree: dict[str, Any], override: str, origin: Origin) -> None:
     if not equals or not all(names):
         raise ConfigError(f"the override {override!r} must have the form section.key=value")
     try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=_Loader)):
+            raise ConfigError(f"the override {override!r} holds an alias, which only a file may")
         value = yaml.load(text, Loader=_Loader) if text.strip() else None
     except yaml.YAMLError as error:
         raise ConfigError(f"the value of the override {override!r} is not YAML: {_said(error)}") from None
+    except RecursionError:
+        raise ConfigError(f"the value of the override to {path.strip()} is nested too deeply") from None
     keys: Keys = tuple(int(name) if name.isdecimal() else name for name in names)
     node: Any = tree
     for depth, key in enumerate(keys):
@@ -153,6 +160,8 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Keys, str]]:
         tree = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {_said(error)}") from None
+    except RecursionError:
+        raise ConfigError(f"{path} is nested too deeply") from None
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
@@ -165,6 +174,8 @@ def _walk(node: yaml.Node, keys: Keys, path: Path, places: dict[Keys, str], abov
 
     A key that is there twice, of which YAML keeps the last, is refused, and a section that an alias puts into itself.
     """
+    if len(places) > _MOST_KEYS:
+        raise ConfigError(f"{path} holds more than {_MOST_KEYS:,} keys, aliases written out")
     if any(node is each for each in above):
         raise ConfigError(f"{places[keys]}: {dotted(keys)} is an alias of what it stands in")
     above = (*above, node)

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from evc_fast.data.captions import CaptionSet, check_splits, merge_captions, read_captions, split_by_video
+from evc_fast.data.captions import (
+    CaptionSet,
+    check_splits,
+    differing_ids,
+    merge_captions,
+    read_captions,
+    split_by_video,
+)
 from evc_fast.data.check import Quarantine, Quarantined, TooManyBadVideos
 from evc_fast.data.emotions import EmotionDictionary, describe_with_clip, read_word_vectors
 from evc_fast.model.captioner import FaceNet
@@ -72,14 +79,9 @@ def read_data(config: RunConfig) -> RunData:
     try:
         used, skipped = skip_unusable(both, features, quarantine, data.max_skipped)
     except TooManyBadVideos as error:
-        ids = ""
-        if not set(both.video_ids) & {*features.video_ids, *features.failed}:
-            ids = (
-                f"; the captions' ids are such as {both.video_ids[0]!r}, the features' such as "
-                f"{features.video_ids[0]!r}: look at id_prefix"
-            )
+        hint = differing_ids(both.video_ids, (*features.video_ids, *(entry.video_id for entry in features.failed)))
         raise TooManyBadVideos(
-            f"{error}; of the features in {data.features}, allowed by data.max_skipped{ids}"
+            f"{error}; of the features in {data.features}, allowed by data.max_skipped{hint}"
         ) from None
     train = used.subset([video_id for video_id in train.video_ids if video_id in used])
     if validation is not None:

@@ -122,7 +122,7 @@ def render_world(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ToyWorldError(f"{folder} exists and is not an empty folder: name another one, or empty it")
     scenes = plan_world(seed, limit=limit)
-    with replacing_folder(folder) as partial:
+    with replacing_folder(folder, only_empty=True) as partial:
         (partial / "videos").mkdir(parents=True)
         for done, _ in enumerate(_render_clips(scenes, partial / "videos", workers), 1):
             if progress is not None:
