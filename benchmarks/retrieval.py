@@ -34,7 +34,7 @@ from evc_fast.ops import dispatch
 BATCH = 32
 DEPTHS = (1, 4, 10)  # recall@K
 EFFORTS = ((16, 64), (16, 256), (64, 256), (256, 256), (256, 1024))  # probes, candidates
-DEFAULT = (64, 256)
+DEFAULT = (256, 1024)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

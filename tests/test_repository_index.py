@@ -277,7 +277,7 @@ def test_what_cannot_be_learnt():
 
 def test_sizes_follow_the_number_of_captions_and_the_width():
     unit = torch.nn.functional.normalize(FEATURES, dim=1)
-    assert (learn(unit).probes, learn(unit).candidates) == (64, 256)
+    assert (learn(unit).probes, learn(unit).candidates) == (256, 1024)
     content = learn(unit, probes=5, candidates=9)
     assert content.centroids.shape == (51, WIDTH) and content.codebooks.shape == (16, 256, 1)
     assert content.codes.shape == (COUNT, 16) and content.lists.shape == (COUNT,)

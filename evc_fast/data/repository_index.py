@@ -27,7 +27,9 @@ _LEVELS = 256  # values of an 8-bit code, so also the least number of captions t
 _MOST_CODE_BYTES = 128
 # k-means learns from so many captions for each list, and for each value of a code.
 _POINTS_A_LIST, _POINTS_A_LEVEL, _ITERATIONS = 40, 64, 10
-_PROBES, _CANDIDATES = 64, 256
+# At a million captions this finds 94 of 100 of the four best in 18 ms; (64, 256) found 72 in 6 ms, and a video takes
+# hundreds to decode and encode.
+_PROBES, _CANDIDATES = 256, 1024
 
 
 class CaptionIndex(Protocol):
