@@ -13,7 +13,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import ablation
 import toy
 
-from evc_fast.data.toy import ToyWorld, render_world
+from evc_fast.data.emotions import EmotionDictionary
+from evc_fast.data.toy import ToyWorld, plan_world, render_world
+from evc_fast.data.toy.sentences import describe
+from evc_fast.metrics.compare import compare
 from evc_fast.training.config import load_config
 
 SMALL = ["model.encoder.dim=16", "model.encoder.num_queries=4", "trainer.num_beams=1"]
@@ -41,6 +44,42 @@ def test_toy_benchmark_refuses_another_world(tmp_path: Path) -> None:
     render_world(tmp_path / "world", seed=5, limit=1, workers=1)
     with pytest.raises(ValueError, match="is of seed 5, the model was trained on seed 0"):
         toy.main(["--world", str(tmp_path / "world"), "--out", str(tmp_path)])
+
+
+def run_of(seed: int, folder: Path, clips: int | None = None) -> Path:
+    """With a toy.json of made-up captions: the model says a reference, the two others always the same."""
+    scenes = [scene for scene in plan_world(seed) if scene.split == "test"][:clips]
+    said = {scene.video_id: describe(scene)[0].text for scene in scenes}
+    same = dict.fromkeys(said, "a very happy man in a park")
+    captions = {toy.FACE_NET: said, toy.NEAREST: same, toy.SHUFFLED: same}
+    references = {scene.video_id: [each.text for each in describe(scene)] for scene in scenes}
+    pairs = [(captions[a], captions[b]) for a, b in toy.COMPARED]
+    dictionary = EmotionDictionary.default()
+    found = [compare(a, b, references, dictionary, meteor=False, samples=20).to_dict() for a, b in pairs]
+    folder.mkdir()
+    content = {"manifest": {"seed": seed}, "captions": captions, "comparisons": found}
+    (folder / "toy.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_runs_of_several_seeds_are_compared_as_one(tmp_path: Path, one_thread: None) -> None:
+    folders = [run_of(seed, tmp_path / str(seed)) for seed in (5, 6)]
+    options = ["--samples", "20", "--no-meteor", "--threads", "1", "--out", str(tmp_path / "out")]
+    assert toy.main(["--together", *map(str, folders), *options]) == 0
+    report = json.loads((tmp_path / "out" / "toy_seeds.json").read_text())
+    alone = [json.loads((folder / "toy.json").read_text())["comparisons"][0]["differences"] for folder in folders]
+    together = report["comparisons"][0]["differences"]
+    clips = sum(scene.split == "test" for seed in (5, 6) for scene in plan_world(seed))
+    assert report["seeds"] == [5, 6] and report["clips"] == clips == report["comparisons"][0]["videos"]
+    # BLEU's counts add up, so that together it lies between the two.
+    low, high = sorted(each["BLEU-1"]["first"] for each in alone)
+    assert low < together["BLEU-1"]["first"] < high and together["CIDEr"]["low"] > 0
+    page = (tmp_path / "out" / "toy_seeds.md").read_text()
+    assert page.count("| together |") == 2 and page.count("| 5 |") == page.count("| 6 |") == 2
+    with pytest.raises(ValueError, match="is of seed 5, as another folder is"):
+        toy.main(["--together", str(folders[0]), str(folders[0]), *options])
+    with pytest.raises(ValueError, match="captions of other clips than the test clips of seed 7"):
+        toy.main(["--together", str(run_of(7, tmp_path / "7", clips=5)), *options])
 
 
 def test_every_row_of_the_paper_is_a_variant_that_the_configuration_takes() -> None:
