@@ -76,6 +76,11 @@ class ModelFacts:
     settings: Mapping[str, object] = field(default_factory=dict)
     """Seed, steps, loss weights and the like."""
     notes: tuple[str, ...] = ()
+    terms: str = (
+        "The weights of encoder and decoder come from the training data, whose terms may restrict them: ask whoever "
+        "gave you the data."
+    )
+    """Of the weights that were trained."""
 
 
 def part_facts(
@@ -153,8 +158,8 @@ def model_card(facts: ModelFacts) -> str:
     parts = [(part.name, part.use, part.licence or _licence(part.name)) for part in facts.frozen]
     lines += _table(("part", "use", "licence"), parts, "No frozen part is stated.")
     lines += [
-        "evc_fast itself is under the MIT licence. The weights of encoder and decoder come from the training data,",
-        "whose terms may restrict them: ask whoever gave you the data.",
+        "evc_fast itself is under the MIT licence.",
+        _text(facts.terms),
     ]
     return "\n".join(lines) + "\n"
 

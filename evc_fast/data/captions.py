@@ -152,7 +152,9 @@ def _check_disjoint(sets: Sequence[tuple[str, CaptionSet]], advice: str) -> None
 
 
 def differing_ids(wanted: Sequence[str], there: Sequence[str]) -> str:
-    """A hint for messages, ", ids are such as '1300', not 'vid1300': look at id_prefix", where no id is in both."""
+    """A hint for messages where no id is in both: "; ids of the captions are such as '1300', of the features 'vid1300':
+    look at id_prefix". Else "".
+    """
     if not wanted or not there or set(wanted) & set(there):
         return ""
     return f"; ids of the captions are such as {wanted[0]!r}, of the features {there[0]!r}: look at id_prefix"

@@ -161,6 +161,7 @@ def _write(
         f"that are not in the training data; step {run.best_step}, beam 5",
         frozen=(FrozenPart("the small CLIP of the toy world", "features of frames, captions, triplets", "MIT"),),
         notes=("It knows short clips of drawn people and animals and nothing else.",),
+        terms="So are the weights of encoder and decoder: evc_fast drew and wrote their training data itself.",
     )
     with replacing_folder(folder) as partial:
         write_model_folder(
