@@ -60,10 +60,19 @@ def test_a_full_card_states_all_there_is():
     licences = rows(section(card, "Licences of the frozen parts"))
     assert licences[2][2].startswith("MIT, by OpenAI's code repository")
     assert licences[3] == ["mine", "words", "CC0"]
-    assert "evc_fast itself is under the MIT licence" in card
+    assert (
+        "evc_fast itself is under the MIT licence.\nThe weights of encoder and decoder come from the training data"
+        in card
+    )
     limits = section(card, "What it cannot know")
     for said in ("does not recognise what anybody feels", "cultures", "does not hear", "Do not use it to judge people"):
         assert said in limits
+
+
+def test_a_card_may_state_terms_of_its_own():
+    card = model_card(ModelFacts(terms="The weights are under CC0."))
+    assert card.endswith("\nevc_fast itself is under the MIT licence.\nThe weights are under CC0.\n")
+    assert "whose terms may restrict them" not in card
 
 
 def test_what_is_not_known_is_said_not_to_be():
@@ -87,8 +96,8 @@ def test_what_is_not_known_is_said_not_to_be():
     ],
 )
 def test_nothing_given_is_markup(text, shown):
-    card = model_card(ModelFacts(name=text, parts={text: text}, notes=(text,)))
-    assert card.splitlines()[0] == f"# Model card: {shown}"
+    card = model_card(ModelFacts(name=text, parts={text: text}, notes=(text,), terms=text))
+    assert card.splitlines()[0] == f"# Model card: {shown}" and card.splitlines()[-1] == shown
     assert f"| {shown} | {shown} |" in card.splitlines()
     assert f"> **Note.** {shown}" in card.splitlines()
 

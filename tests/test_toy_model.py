@@ -26,6 +26,7 @@ from evc_fast.testing.training_world import training_world
 from evc_fast.training.dataset import VideoBatches
 
 ASSETS = TOY_MODEL.parent
+TERMS = "MIT licence.\nSo are the weights of encoder and decoder: evc_fast drew and wrote their training data itself.\n"
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,7 @@ def test_manifest_says_how_the_model_was_made_and_what_it_reaches() -> None:
     for name, size in sizes.items():
         assert (TOY_MODEL / name).stat().st_size == size, name
     card = (TOY_MODEL / "MODEL_CARD.md").read_text()
+    assert card.endswith(TERMS)
     assert "captioner of the toy world" in card and f"{manifest['metrics']['test']['CIDEr']:.1f}" in card
 
 
@@ -148,6 +150,7 @@ def test_build_trains_measures_and_writes_a_folder(world: ToyWorld, captioner: C
     assert {what for what, *_ in said} >= {"encoding clips", "triplets", "text features"}
     assert {path.name for path in (tmp_path / "assets").iterdir()} == {"model"}
     assert json.loads((tmp_path / "assets" / "model" / "manifest.json").read_text()) == manifest
+    assert (tmp_path / "assets" / "model" / "MODEL_CARD.md").read_text().endswith(TERMS)
     assert manifest["training"]["epochs"] == 1 and set(manifest["metrics"]["test"]) >= {"CIDEr", "CFS"}
     made = Captioner.from_pretrained(tmp_path / "assets" / "model")
     assert made.dictionary.words == EmotionDictionary.default().words

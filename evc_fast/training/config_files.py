@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +44,10 @@ class Origin:
     def __init__(self) -> None:
         self._places: dict[Keys, str] = {}
 
-    def set(self, keys: Keys, place: str) -> None:
-        """``place``: "run.yaml, line 3". Forgets what stood below the key."""
-        self._places = {each: said for each, said in self._places.items() if each[: len(keys)] != keys}
-        self._places[keys] = place
+    def set(self, places: Mapping[Keys, str]) -> None:
+        """The place, "run.yaml, line 3", of every key that is set. Forgets what stood below them."""
+        kept = (keys for keys in self._places if not any(keys[:depth] in places for depth in range(1, len(keys) + 1)))
+        self._places = {keys: self._places[keys] for keys in kept} | dict(places)
 
     def of(self, keys: Keys) -> str:
         """The place and the key, "run.yaml, line 3: trainer.epochs"; of what is nearest where the key has none."""
@@ -103,8 +103,7 @@ def read_layers(path: Path) -> tuple[dict[str, Any], Origin]:
     else:
         raise ConfigError(f"{places['preset',]}: preset must be one of {', '.join(PRESETS)}, got {base!r}")
     _lay_over(merged, tree)
-    for keys, place in places.items():
-        origin.set(keys, place)
+    origin.set(places)
     return merged, origin
 
 
@@ -138,7 +137,7 @@ def apply_override(tree: dict[str, Any], override: str, origin: Origin) -> None:
             node = node[key] if node.get(key) is not None else node.setdefault(key, following)
         else:
             node = node[key]
-    origin.set(keys, f"override {override!r}")
+    origin.set({keys: f"override {override!r}"})
 
 
 def plain_yaml(tree: dict[str, Any]) -> str:
