@@ -65,8 +65,7 @@ def test_logic_of_64_byte_vectors_on_any_machine(tmp_path):
     package = tmp_path / "evc_fast"
     shutil.copytree(Path(evc_fast.__file__).parent, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     home = Path(torch.__file__).parent
-    common = ["c++", "-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-w"]
-    common += ["-ffp-contract=fast"]  # as setup.py builds: sums round less often
+    common = ["c++", "-std=c++20", "-O0", "-fPIC", "-fvisibility=hidden", "-w"]  # what is asked is not speed
     common += [
         "-march=native",
         "-DEVC_VECTOR_BYTES=64",
@@ -93,7 +92,7 @@ def test_logic_of_64_byte_vectors_on_any_machine(tmp_path):
     )
     assert found.stdout.split() == [str(package / "ops" / "dispatch.py"), "['default']"]  # the library of this test
     # One case apart: lowered code rounds in another order, and the largest of many-frames' errors in float32 (peaked
-    # gates, a heavy tail) is then 2.6 times plain PyTorch's, at the same root mean square; its float64 stays.
+    # gates, a heavy tail) is then 2.2 times plain PyTorch's, at the same root mean square; its float64 stays.
     values = f"({QUICK}) and not (emotion_attention-many-frames and float32)"
     for select, files in ((values, ["test_ops.py"]), (PACKED, ["test_folded.py", "test_packed_linear.py"])):
         result = run_op_tests(environment, select, *files)
