@@ -117,6 +117,15 @@ def test_a_wrong_override_is_told(override: str, message: str) -> None:
     assert message in str(caught.value)
 
 
+def test_a_section_that_an_override_replaces_is_told_as_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("loss:\n  delta: 0.3\n", encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["loss={delta: -1}"])
+    assert "override 'loss={delta: -1}': loss.delta: input should be greater" in str(caught.value)
+    assert str(path) not in str(caught.value)
+
+
 def test_latin_1_is_refused_with_its_byte(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_bytes(b"output: caf\xe9\n")
